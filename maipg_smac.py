@@ -1,0 +1,1308 @@
+"""MAIPG on StarCraft micromanagement: Multi-Agent Interpolated Policy Gradients, in one file.
+
+MAPPO's policy gradient rests on sampled joint actions: unbiased, but noisy. MAIPG mixes in a second,
+quieter gradient that goes through a factorised critic q_tot, differentiated by the actions. The
+weight nu trades bias against variance; nu = 0 is MAPPO, number for number. The policy ascends
+
+    (1 - nu) * mean[min(r A, clip(r, 1 - eps, 1 + eps) A)]   `stochastic_pg_loss`      Eq. (3), (10)
+      + nu   * mean[q_tot(s, mu(s))] * q_scale               `deterministic_pg_loss`   Eq. (10)
+      + ent_coef * mean[entropy]
+
+r: probability ratio of new to old policy. A: advantage (`gae`), normalised; sigma_A is the standard
+deviation divided out. q_tot: one utility Q_i per agent, mixed (QMIX by default), regressed on
+`td_lambda` targets. mu(s): a straight-through Gumbel-softmax sample of the policy, so that q_tot
+has a gradient in it. q_scale = 1 / (n sigma_A) brings q_tot to the unit of A (--q-scale advantage).
+
+Axes: T rollout steps, N games, n agents, A actions, O observation, S state, H hidden units; L steps
+in a chunk, B chunks in a minibatch. `global_step` counts environment steps: T * N for a rollout.
+
+    python maipg_smac.py --map-name 2s3z --nu 0.4             # train
+    python maipg_smac.py --resume RUN_DIR                     # go on where a run was stopped
+    python maipg_smac.py --evaluate RUN_DIR --capture-video   # greedy win rate, and a film
+"""
+
+import contextlib
+import copy
+import csv
+import functools
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from scipy.stats import binomtest
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------- settings
+TABLE_3 = {  # of the paper. difficulty: (nu, update epochs, maps); smacv2_* exist in SMAX only
+    "simple": (
+        0.4,
+        5,
+        "2m_vs_1z 2s_vs_1sc 2s3z 3m 3s_vs_3z 3s_vs_4z 3s5z 8m 1c3s5z 10m_vs_11m MMM",
+    ),
+    "hard": (0.3, 10, "2c_vs_64zg 3s_vs_5z 5m_vs_6m 8m_vs_9m 25m so_many_baneling bane_vs_bane"),
+    "super hard": (0.3, 15, "27m_vs_30m 3s5z_vs_3s6z 6h_vs_8z corridor MMM2"),
+    "smacv2": (0.3, 10, "smacv2_5_units smacv2_10_units smacv2_20_units"),
+}
+
+
+@dataclass
+class Args:
+    # --- what to run
+    map_name: str = "2s3z"  # SMAC map
+    backend: Literal["auto", "sc2", "smax"] = (
+        "auto"  # StarCraft II or JaxMARL's SMAX; auto: sc2 if there
+    )
+    seed: int = 1  # of weights, exploration and games
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
+    threads: int = 2  # CPU threads of torch
+    total_timesteps: int = 10_000_000  # environment steps
+    resume: str = ""  # run folder to go on with
+    evaluate: str = ""  # run folder whose policy is to be evaluated
+    check: bool = False  # test the backend's set-up step by step, and stop
+    capture_video: bool = False  # with --evaluate: a gif (SMAX) or a replay (StarCraft II)
+    # --- MAIPG
+    nu: float | None = None  # weight of the deterministic gradient, 0 is MAPPO; None: Table 3
+    mixer: Literal["qmix", "vdn", "joint"] = "qmix"  # how q_tot is made of the utilities
+    q_scale: Literal["advantage", "raw"] = "advantage"  # unit of q_tot: 1 / (n sigma_A), or 1
+    td_lambda: float = 0.8  # of the targets of q_tot
+    target_tau: float = 0.05  # step of the target networks, once per epoch
+    temperature: float = 1.0  # of the Gumbel-softmax
+    mixer_dim: int = 64  # units in the mixer and its hypernetworks
+    # --- MAPPO
+    num_envs: int = 8  # parallel games
+    rollout_steps: int = 400  # steps per game between updates
+    update_epochs: int | None = None  # passes over each rollout; None: Table 3
+    num_minibatches: int = 1  # minibatches per epoch
+    chunk_length: int = 10  # steps that gradients go back through time
+    hidden_dim: int = 64  # units per layer of policy, critic and utility
+    learning_rate: float = 5e-4  # Adam, policy
+    critic_lr: float = 5e-4  # Adam, critic
+    q_lr: float = 5e-4  # Adam, utility and mixer
+    adam_eps: float = 1e-5  # Adam's epsilon
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # of the advantages
+    clip_eps: float = 0.2  # PPO clip, of policy and value
+    ent_coef: float = 0.01  # entropy bonus
+    max_grad_norm: float = 10.0  # per network
+    huber_delta: float = 10.0  # where the value losses turn linear
+    norm_beta: float = 0.99999  # memory of the value normalisers
+    bootstrap_time_limits: bool = False  # count the value of the state that a time limit cuts off
+    # --- evaluation and output
+    eval_every: int = 80_000  # environment steps between evaluations
+    eval_episodes: int = 32  # greedy episodes per evaluation
+    checkpoint_every: int = 25  # updates
+    grad_variance_every: int = (
+        0  # updates between measurements of the gradient's variance; 0: never
+    )
+    runs_dir: str = "runs"  # where run folders are made
+    track: bool = False  # log to Weights & Biases too
+    # --- StarCraft II
+    game_timeout: float = 120.0  # seconds after which a silent game is replaced
+    max_failures: int = 5  # failures of one game in a row that stop the run
+    backend_reason: str = field(init=False, default="")
+
+
+RESUMABLE = {"resume", "total_timesteps", "device", "threads", "checkpoint_every", "track"}
+SOMETIMES = ["eval/win_rate", "eval/win_rate_stderr", "eval/episodic_return", "variance/gradient"]
+POSITIVE = """total_timesteps target_tau temperature mixer_dim num_envs rollout_steps update_epochs
+    num_minibatches chunk_length hidden_dim learning_rate critic_lr q_lr adam_eps max_grad_norm
+    huber_delta eval_every eval_episodes checkpoint_every threads game_timeout max_failures""".split()
+FRACTIONS = "nu td_lambda target_tau gamma gae_lambda clip_eps norm_beta".split()
+
+
+class UsageError(Exception):
+    """Something that the user can mend: one line on stderr, exit code 2, nothing written."""
+
+
+class RunError(Exception):
+    """The run cannot go on (games that keep failing, a loss that is NaN): exit code 1."""
+
+
+def resolve(args):
+    """Fill in backend, device and Table 3. Raises UsageError: what is wrong, and what is valid."""
+    args = copy.copy(args)
+    args.backend, args.backend_reason = choose_backend(args)
+    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    paper = {name: row for *row, names in TABLE_3.values() for name in names.split()}
+    maps = [name for name in paper if not name.startswith("smacv2")]
+    if args.backend == "smax":
+        maps = list(import_smax().smax_env.MAP_NAME_TO_SCENARIO)
+    if args.map_name not in maps:
+        raise UsageError(
+            f"--map-name {args.map_name}: the {args.backend} maps are {' '.join(maps)}"
+        )
+    args.nu = paper[args.map_name][0] if args.nu is None else args.nu
+    args.update_epochs = (
+        paper[args.map_name][1] if args.update_epochs is None else args.update_epochs
+    )
+    chunks = args.num_envs * args.rollout_steps // max(args.chunk_length, 1)
+    rules = [
+        (0 < getattr(args, k) < math.inf, f"{k} must be positive and finite") for k in POSITIVE
+    ]
+    rules += [(0 <= getattr(args, k) <= 1, f"{k} must lie in [0, 1]") for k in FRACTIONS]
+    rules += [
+        (0 <= args.seed < 10**8, "seed must lie in [0, 10^8)"),
+        (0 <= args.ent_coef < math.inf, "ent-coef must not be negative"),
+        (args.norm_beta < 1, "norm-beta must be below 1"),
+        (
+            args.rollout_steps % max(args.chunk_length, 1) == 0,
+            "chunk-length must divide rollout-steps",
+        ),
+        (
+            chunks % max(args.num_minibatches, 1) == 0,
+            f"num-minibatches must divide {chunks} chunks",
+        ),
+        (args.grad_variance_every >= 0, "grad-variance-every must not be negative"),
+        (
+            not args.grad_variance_every or args.num_envs > 1,
+            "grad-variance-every needs num-envs > 1",
+        ),
+        (not args.capture_video or args.evaluate, "capture-video goes with --evaluate RUN_DIR"),
+        (not args.track or find_spec("wandb"), "track needs wandb: pip install wandb"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise UsageError("--" + message.replace("_", "-"))
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    return args
+
+
+# ------------------------------------------------------------------------------------- environments
+# Both backends are a batch of N games behind one interface, tensors on the training device:
+#     obs, state, avail = envs.reset()              # [N, n, O], [N, n, S], bool [N, n, A]
+#     obs, state, avail, reward, done, info = envs.step(actions)       # auto-reset; reward, done [N]
+# info: `return`, `length`, `won` of the episodes that end (read them where done), `truncated` (by
+# the time limit), `broken` (the game crashed), and `final`, the (obs, state, avail) before the reset.
+# obs ends with the agent's index, one-hot; a dead agent sees nothing else and may only do its no-op.
+# state is the same for all agents: one row a game in memory, expanded over n.
+def import_smax():
+    """jaxmarl.environments.smax, without what jaxmarl prints when it is imported."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave GPU memory to torch
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        from jaxmarl.environments import smax
+    return smax
+
+
+@functools.lru_cache
+def smax_engine(map_name):
+    """(env, reset, step) of JaxMARL's HeuristicEnemySMAX, jitted over a batch of games."""
+    smax = import_smax()
+    import jax
+    import jax.numpy as jnp
+
+    rules = dict(see_enemy_actions=True, walls_cause_death=True, attack_mode="closest")
+    env = smax.HeuristicEnemySMAX(scenario=smax.map_name_to_scenario(map_name), **rules)
+    n = env.num_agents
+
+    def view(obs, game):  # one flat row, so that torch takes over one tensor a step, not a dozen
+        own = jnp.concatenate([jnp.stack([obs[name] for name in env.agents]), jnp.eye(n)], -1)
+        avail = jnp.stack(list(env.get_avail_actions(game).values()))
+        return jnp.concatenate([own.ravel(), obs["world_state"], avail.ravel()])
+
+    def reset_one(key):
+        obs, game = env.reset(key)  # strong types, or the second step would compile once more
+        game = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), game)
+        return game, jnp.zeros(2), view(obs, game)
+
+    def step_one(key, game, totals, actions):
+        key, step_key = jax.random.split(key)
+        act_key, reset_key = jax.random.split(step_key)  # as in JaxMARL's own auto-reset
+        obs, game, reward, done, _ = env.step_env(act_key, game, dict(zip(env.agents, actions)))
+        reward, done = reward[env.agents[0]], done["__all__"]  # shared by the agents
+        totals += jnp.stack([reward, 1.0])
+        allies, enemies = game.state.unit_alive[:n].any(), game.state.unit_alive[n:].any()
+        outcome = jnp.stack([reward, done, *totals, allies & ~enemies, done & allies & enemies])
+        return key, reset_key, done, (game, totals, view(obs, game)), outcome
+
+    @jax.jit
+    def step(keys, games, totals, actions):
+        keys, reset_keys, done, now, outcome = jax.vmap(step_one)(keys, games, totals, actions)
+        choose = jax.vmap(
+            lambda over, new, old: jax.tree.map(lambda *x: jnp.where(over, *x), new, old)
+        )
+        renew = lambda old: choose(done, jax.vmap(reset_one)(reset_keys), old)
+        # A reset costs as much as a step: only when some game is over.
+        games, totals, seen = jax.lax.cond(done.any(), renew, lambda old: old, now)
+        return (keys, games, totals), jnp.concatenate([outcome, seen, now[2]], -1)
+
+    @jax.jit
+    def reset(seeds):
+        keys = jax.vmap(lambda seed: jax.random.split(jax.random.PRNGKey(seed)))(seeds)
+        games, totals, seen = jax.vmap(reset_one)(keys[:, 1])
+        return (keys[:, 0], games, totals), seen
+
+    return env, reset, step
+
+
+class SMAXEnvs:
+    """N games of SMAX in one jitted call a step; JAX and torch share the tensors (DLPack)."""
+
+    def __init__(self, args, seed):
+        import jax
+
+        self.jax, (self.env, self._reset, self._step) = jax, smax_engine(args.map_name)
+        self.num_agents, self.num_actions = self.env.num_agents, self.env.num_ally_actions
+        self.obs_dim, self.state_dim = self.env.obs_size + self.num_agents, self.env.state_size
+        self.device, self.restarts, self.film = torch.device(args.device), 0, []
+        shared = self.device.type == "cuda" and jax.default_backend() == "gpu"
+        self.jax_device = jax.devices("gpu" if shared else "cpu")[0]
+        self.seeds = np.arange(args.num_envs, dtype=np.int32) * 1000 + seed
+
+    def _view(self, row):
+        """[N, n O + S + n A] -> obs, state, avail."""
+        n, obs = self.num_agents, self.num_agents * self.obs_dim
+        obs, state, avail = row.tensor_split([obs, obs + self.state_dim], -1)
+        state = state.unsqueeze(1).expand(-1, n, -1)
+        return obs.unflatten(-1, (n, -1)), state, avail.unflatten(-1, (n, -1)) > 0
+
+    def reset(self):
+        self.games, seen = self._reset(self.jax.device_put(self.seeds, self.jax_device))
+        return self._view(torch.from_dlpack(seen.block_until_ready()).to(self.device))
+
+    def step(self, actions):
+        actions = actions.int() if self.jax_device.platform == "gpu" else actions.int().cpu()
+        self.games, row = self._step(*self.games, self.jax.dlpack.from_dlpack(actions))
+        row = torch.from_dlpack(row.block_until_ready()).to(self.device)
+        reward, done, total, length, won, truncated = row[:, :6].unbind(-1)
+        seen, final = row[:, 6:].chunk(2, -1)
+        info = {"return": total, "length": length, "won": won > 0, "truncated": truncated > 0}
+        info |= {"broken": torch.zeros_like(won, dtype=torch.bool), "final": self._view(final)}
+        return *self._view(seen), reward, done > 0, info
+
+    def record(self, actions):
+        """Keep what JaxMARL's visualiser wants of game 0's next step: key, state, actions."""
+        keys, games, _ = self.games
+        moves = dict(zip(self.env.agents, actions[0].tolist()))
+        first = self.jax.tree.map(lambda x: x[0], games)
+        self.film.append((self.jax.random.split(keys[0])[1], first, moves))
+
+    def save_film(self, folder):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        matplotlib.rcParams["animation.writer"] = "pillow"
+        from jaxmarl.viz.visualizer import SMAXVisualizer
+
+        SMAXVisualizer(self.env, self.film).animate(save_fname=str(folder / "film.gif"), view=False)
+        return folder / "film.gif"
+
+    def state_dict(self):
+        return {
+            str(k): torch.from_numpy(np.array(x))
+            for k, x in enumerate(self.jax.tree.leaves(self.games))
+        }
+
+    def load_state_dict(self, state):
+        leaves = [self.jax.device_put(x.numpy(), self.jax_device) for x in state.values()]
+        self.games = self.jax.tree.unflatten(self.jax.tree.structure(self.games), leaves)
+
+    def close(self):
+        pass
+
+
+def play_sc2(pipe, map_name, seed, timeout, folder, replays):
+    """One game in a process of its own, which ends with its game on any fault and says why.
+
+    Sends get_env_info(), then one ((obs, state, avail), reward, done, info) per step; receives
+    actions, or "replay". `reset` is called exactly once per episode: twice would corrupt it, and
+    before the end of the first one also raise smac's max_reward and so shrink every reward.
+    """
+    os.setsid()  # a process group, so that worker and game can be killed together
+    tempfile.tempdir = folder
+
+    def end_with_parent():  # a trainer that is killed has no time to close its games
+        multiprocessing.parent_process().join()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+
+    def view():
+        obs, avail = np.stack(env.get_obs()), np.array(env.get_avail_actions(), dtype=bool)
+        return obs.astype(np.float32), env.get_state().astype(np.float32), avail
+
+    def begin():
+        env.reset()
+        if (seen := view())[2][:, 0].all():  # after a crash: the dead units of the last episode
+            raise RuntimeError("the game did not restart")
+        return seen
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    env = None
+    try:
+        from absl import flags
+        from smac.env import StarCraft2Env
+
+        if "sc2_timeout" in flags.FLAGS:
+            flags.FLAGS.sc2_timeout = math.ceil(timeout)
+        # continuing_episode only adds info["episode_limit"], which tells a time-out from a defeat.
+        env = StarCraft2Env(map_name, seed=seed, continuing_episode=True, replay_dir=replays)
+        pipe.send(env.get_env_info())
+        seen, total, length = begin(), 0.0, 0
+        pipe.send((seen, 0.0, False, {}))
+        while True:
+            if (actions := pipe.recv()) == "replay":
+                env.save_replay()
+                pipe.send({})
+                continue
+            reward, done, info = env.step(actions)
+            if not info:  # smac's answer to a crash: (0, True, {})
+                raise RuntimeError("the game crashed")
+            final, total, length = view(), total + reward, length + 1
+            outcome = {"return": total, "length": length, "won": info["battle_won"], "final": final}
+            outcome["truncated"] = info.get("episode_limit", False)
+            if done:
+                seen, total, length = begin(), 0.0, 0
+            pipe.send((seen if done else final, reward, done, outcome))
+    except EOFError:
+        pass  # the trainer closed the pipe: the normal end
+    except BaseException as fault:
+        with contextlib.suppress(OSError):
+            pipe.send(f"{type(fault).__name__}: {fault}")
+    finally:
+        with contextlib.suppress(Exception):
+            env.close()
+
+
+class SC2Envs:
+    """N games of StarCraft II through oxwhirl's smac, one spawned process each."""
+
+    def __init__(self, args, seed):
+        self.args, self.seed, self.device = args, seed, torch.device(args.device)
+        self.folder = tempfile.mkdtemp(prefix="maipg-")  # the games' own temporary files
+        self.replays = os.path.abspath(args.evaluate) if args.capture_video else ""
+        self.info, self.workers, self.pipes, self.restarts = None, {}, {}, 0
+        self.launches, self.failures = [0] * args.num_envs, [0] * args.num_envs
+        try:
+            for k in range(args.num_envs):
+                self._start(k)
+            self.first = [self._receive(k)[0][0] for k in range(args.num_envs)]
+        except BaseException:
+            self.close()
+            raise
+        self.num_agents, self.num_actions = self.info["n_agents"], self.info["n_actions"]
+        self.obs_dim = self.info["obs_shape"] + self.num_agents
+        self.state_dim = self.info["state_shape"]
+
+    def _start(self, k):
+        """A new process for game k, with a seed of its own."""
+        context = multiprocessing.get_context("spawn")  # a forked worker would not end its game
+        self.pipes[k], theirs = context.Pipe()
+        seed = self.seed + 1000 * k + 100_003 * self.launches[k]
+        config = (self.args.map_name, seed, self.args.game_timeout, self.folder, self.replays)
+        self.workers[k] = context.Process(target=play_sc2, args=(theirs, *config), daemon=True)
+        self.workers[k].start()
+        theirs.close()
+        self.launches[k] += 1
+
+    def _receive(self, k):
+        """Game k's next message, and whether it broke: if it crashed or hangs, it is replaced."""
+        broken = False
+        while True:
+            message = f"no answer within {self.args.game_timeout:g} s"
+            try:
+                if self.pipes[k].poll(self.args.game_timeout):
+                    message = self.pipes[k].recv()
+            except (EOFError, OSError):
+                message = "its process ended"
+            if isinstance(message, tuple):
+                return message, broken
+            if isinstance(message, dict):  # the first one: get_env_info()
+                self.info = message
+                continue
+            if self.info is None:
+                raise UsageError(f"StarCraft II does not start: {message}; try --check")
+            broken, self.restarts, self.failures[k] = True, self.restarts + 1, self.failures[k] + 1
+            if self.failures[k] >= self.args.max_failures:
+                raise RunError(f"game {k} failed {self.failures[k]} times in a row: {message}")
+            self._stop(k)
+            self._start(k)
+
+    def _stop(self, k, patience=0.0):
+        """End worker k and its game; with patience, let it close the game by itself first."""
+        self.pipes[k].close()
+        self.workers[k].join(patience)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.workers[k].pid, signal.SIGKILL)
+        self.workers[k].kill()
+        self.workers[k].join()
+
+    def _view(self, seen):
+        """(obs, state, avail) of each game -> tensors, the agents' indices appended to obs."""
+        obs, state, avail = (torch.as_tensor(np.stack(x)).to(self.device) for x in zip(*seen))
+        index = torch.eye(self.num_agents, device=self.device).expand(len(obs), -1, -1)
+        return (
+            torch.cat([obs, index], -1),
+            state.unsqueeze(1).expand(-1, self.num_agents, -1),
+            avail,
+        )
+
+    def reset(self):
+        """The first observations. To be called once: every game begins its episodes by itself."""
+        return self._view(self.first)
+
+    def step(self, actions):
+        for k, row in enumerate(actions.tolist()):
+            with contextlib.suppress(OSError):  # a worker that is gone shows in _receive
+                self.pipes[k].send(row)
+        nothing = {"return": 0.0, "length": 0, "won": False, "truncated": False}
+        seen, final, rows = [], [], []
+        for k in range(self.args.num_envs):
+            (now, reward, done, outcome), broken = self._receive(k)
+            self.failures[k] = 0 if done else self.failures[k]
+            seen.append(now)
+            final.append(outcome.pop("final", now))
+            rows.append(
+                {"reward": reward, "done": done or broken, "broken": broken, **(outcome or nothing)}
+            )
+        info = {
+            key: torch.tensor([row[key] for row in rows], device=self.device) for key in rows[0]
+        }
+        reward, done = info.pop("reward").float(), info.pop("done")
+        return *self._view(seen), reward, done, info | {"final": self._view(final)}
+
+    def record(self, actions):
+        """A replay holds every action anyway."""
+
+    def save_film(self, folder):
+        """The replay of game 0, written by StarCraft II into the run's folder."""
+        self.pipes[0].send("replay")
+        self.pipes[0].poll(self.args.game_timeout)
+        return folder
+
+    def state_dict(self):
+        return {}  # a game of StarCraft II cannot be stored: resumed runs begin new episodes
+
+    def close(self):
+        """End all games and their processes; nothing outlives this call."""
+        for pipe in self.pipes.values():
+            pipe.close()
+        deadline = time.monotonic() + 10
+        for k in self.workers:
+            self._stop(k, patience=max(0.0, deadline - time.monotonic()))
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def sc2_setup(map_name):
+    """[(what StarCraft II needs, whether it is there, how to mend it)], first things first."""
+    mend, spec = "run benchmark/install_sc2.sh", find_spec("smac")
+    home = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
+    genuine = spec and any(Path(p, "env").is_dir() for p in spec.submodule_search_locations or [])
+    game_map = home / "Maps" / "SMAC_Maps" / f"{map_name}.SC2Map"
+    return [
+        (
+            "package smac",
+            spec,
+            f"oxwhirl's smac (PyPI's smac is another project) is missing: {mend}",
+        ),
+        (
+            "the right smac",
+            genuine,
+            f"`smac` is AutoML's namesake: pip uninstall smac, then {mend}",
+        ),
+        ("SC2PATH", home.is_dir(), f"no StarCraft II in {home}: set SC2PATH, or {mend}"),
+        (
+            "game",
+            any(home.glob("Versions/Base*/SC2*")),
+            f"no Versions/Base*/SC2_x64 in {home}: {mend}",
+        ),
+        ("map", game_map.is_file(), f"{game_map} is missing: {mend}"),
+    ]
+
+
+def choose_backend(args):
+    """(backend, why). Raises UsageError if the one asked for cannot be had."""
+    missing = [mend for _, there, mend in sc2_setup(args.map_name) if not there]
+    if args.backend == "sc2" and missing and not args.check:
+        raise UsageError(f"--backend sc2: {missing[0]}")
+    backend = args.backend if args.backend != "auto" else "smax" if missing else "sc2"
+    if backend == "smax" and not find_spec("jaxmarl"):
+        raise UsageError("SMAX needs jaxmarl: pip install -r requirements.txt")
+    found = f"no StarCraft II: {missing[0]}" if missing else "smac and StarCraft II are installed"
+    return backend, found if args.backend == "auto" else "asked for"
+
+
+def make_envs(args, seed=None):
+    """The games of resolved args; seed None: those of the training, whose backend is announced."""
+    if seed is None:
+        print(f"backend {args.backend} ({args.backend_reason}), device {args.device}", flush=True)
+    return (SC2Envs if args.backend == "sc2" else SMAXEnvs)(
+        args, args.seed if seed is None else seed
+    )
+
+
+def check(args):
+    """--check: test the set-up step by step, and say the one thing to mend. Returns the exit code."""
+    args = replace(args, num_envs=1, backend="sc2" if args.backend == "auto" else args.backend)
+    for what, there, mend in sc2_setup(args.map_name) if args.backend == "sc2" else []:
+        print(f"{'ok     ' if there else 'MISSING'} {what}{'' if there else ': ' + mend}")
+        if not there:
+            return 1
+    with contextlib.closing(make_envs(args)) as envs:
+        _, _, avail = envs.reset()
+        for _ in range(5):
+            _, _, avail, *_ = envs.step(avail.float().argmax(-1))
+    print(f"ok      five steps of {args.map_name}")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------- networks
+def orthogonal(layer, gain):
+    """MAPPO's initialisation: orthogonal weights, zero biases."""
+    for name, parameter in layer.named_parameters():
+        nn.init.orthogonal_(parameter, gain) if "weight" in name else nn.init.zeros_(parameter)
+    return layer
+
+
+class Recurrent(nn.Module):
+    """MAPPO's network: LayerNorm, two (Linear, ReLU, LayerNorm), GRU, LayerNorm, Linear head.
+
+    The policy sees the agent's own obs; critic and utility see the global state as well.
+    """
+
+    def __init__(self, obs_dim, dim, out_dim, out_gain, state_dim=0):
+        super().__init__()
+        gain = math.sqrt(1 if state_dim else 2)  # the sum of two halves has the scale of one layer
+        first = lambda width: [nn.LayerNorm(width), orthogonal(nn.Linear(width, dim), gain)]
+        self.obs_in = nn.Sequential(*first(obs_dim))
+        self.state_in = nn.Sequential(*first(state_dim)) if state_dim else None
+        second = orthogonal(nn.Linear(dim, dim), math.sqrt(2))
+        self.body = nn.Sequential(
+            nn.ReLU(), nn.LayerNorm(dim), second, nn.ReLU(), nn.LayerNorm(dim)
+        )
+        self.gru = orthogonal(nn.GRUCell(dim, dim), 1.0)
+        self.head = nn.Sequential(nn.LayerNorm(dim), orthogonal(nn.Linear(dim, out_dim), out_gain))
+
+    def forward(self, obs, hidden, keep, state=None):
+        """obs [L, B, n, O], hidden [B, n, H], keep [L, B] (0 where an episode begins), state [L, B, S]
+        -> output [L, B, n, out], hidden state after each step [L, B, n, H]."""
+        x = self.obs_in(obs)
+        if state is not None:
+            x = x + self.state_in(state).unsqueeze(-2)  # the same for all agents: computed once
+        x, hidden, hiddens = self.body(x), hidden.flatten(0, 1), []
+        for x_t, keep_t in zip(x.flatten(1, 2), keep.repeat_interleave(x.shape[2], 1)):
+            hidden = self.gru(x_t, hidden * keep_t.unsqueeze(-1))
+            hiddens.append(hidden)
+        hiddens = torch.stack(hiddens).view_as(x)
+        return self.head(hiddens), hiddens
+
+
+class Mixer(nn.Module):
+    """q_tot from the utilities of the chosen actions: QMIX, VDN, or Q(s, a_1 ... a_n) unfactorised.
+
+    QMIX is monotonic, dq_tot/dQ_i >= 0: each agent's best action is then its part of the team's best.
+    """
+
+    def __init__(self, kind, num_agents, num_actions, state_dim, dim):
+        super().__init__()
+        hyper = lambda out: nn.Sequential(nn.Linear(state_dim, dim), nn.ReLU(), nn.Linear(dim, out))
+        self.kind, self.dim, self.norm, self.value = kind, dim, nn.LayerNorm(state_dim), hyper(1)
+        if kind == "qmix":
+            self.w_1, self.b_1 = hyper(num_agents * dim), nn.Linear(state_dim, dim)
+            self.w_2 = hyper(dim)
+        elif kind == "joint":
+            self.state_in = nn.Linear(state_dim, dim)
+            self.joint_in = nn.Linear(num_agents * (num_actions + 1), dim)
+            self.out = nn.Sequential(nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
+
+    def weights(self, state):
+        """What depends on the state [..., S] alone: made once, used for several joint actions."""
+        s = self.norm(state)
+        weights = [self.value(s).squeeze(-1)]
+        if self.kind == "qmix":  # absolute weights make it monotonic
+            w_1 = self.w_1(s).abs().unflatten(-1, (-1, self.dim))
+            weights += [w_1, self.b_1(s), self.w_2(s).abs()]
+        return weights + ([self.state_in(s)] if self.kind == "joint" else [])
+
+    def forward(self, utilities, actions, weights):
+        """Utilities and one-hot (or straight-through) actions, [..., n, A] -> q_tot [...]."""
+        chosen = (utilities * actions).sum(-1)
+        if self.kind == "vdn":
+            return chosen.sum(-1) + weights[0]
+        if self.kind == "joint":
+            joint = torch.cat([actions.flatten(-2), chosen], -1)
+            return self.out(self.joint_in(joint) + weights[1]).squeeze(-1) + weights[0]
+        value, w_1, b_1, w_2 = weights
+        return (F.elu((chosen.unsqueeze(-2) @ w_1).squeeze(-2) + b_1) * w_2).sum(-1) + value
+
+
+class ValueNorm(nn.Module):
+    """Running, debiased mean and variance of a value network's targets (MAPPO's ValueNorm)."""
+
+    def __init__(self, beta):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("moments", torch.zeros(3))  # of x, x^2 and 1: the last one debiases
+
+    def update(self, x, mask):
+        new = torch.stack([masked_mean(x, mask), masked_mean(x * x, mask), mask.new_ones(())])
+        self.moments.lerp_(new, 1 - self.beta)
+
+    def scale(self):
+        """(mean, std), 0 and 0.1 before the first update."""
+        mean, square = self.moments[:2] / self.moments[2].clamp(min=1e-5)
+        return mean, (square - mean * mean).clamp(min=0.01).sqrt()
+
+    def normalize(self, x):
+        mean, std = self.scale()
+        return (x - mean) / std
+
+    def denormalize(self, x):
+        mean, std = self.scale()
+        return x * std + mean
+
+
+class Agent(nn.Module):
+    """All networks and normalisers. Policy and critic come first: every nu starts from the same."""
+
+    def __init__(self, envs, args):
+        super().__init__()
+        n, num_actions, dim = envs.num_agents, envs.num_actions, args.hidden_dim
+        self.policy = Recurrent(envs.obs_dim, dim, num_actions, 0.01)
+        self.critic = Recurrent(envs.obs_dim, dim, 1, 1.0, envs.state_dim)
+        self.value_norm = ValueNorm(args.norm_beta)
+        if args.nu > 0:  # the small last gain: a utility starts indifferent between actions
+            self.utility = Recurrent(envs.obs_dim, dim, num_actions, 0.01, envs.state_dim)
+            self.mixer = Mixer(args.mixer, n, num_actions, envs.state_dim, args.mixer_dim)
+            self.target_utility, self.target_mixer = copy.deepcopy((self.utility, self.mixer))
+            self.q_norm = ValueNorm(args.norm_beta)
+
+
+# --------------------------------------------------------------------------- estimators and losses
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_var(x, mask):
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask).clamp(min=1e-12)
+
+
+def masked_log_softmax(logits, avail):
+    """log pi [..., A]; as in MAPPO, an action that is not available has the logit -1e10."""
+    return torch.log_softmax(logits.masked_fill(~avail, -1e10), -1)
+
+
+def gumbel_max(log_pi, rng):
+    """log pi plus Gumbel noise, [..., A]; its argmax is a sample of pi."""
+    return log_pi - torch.empty_like(log_pi).exponential_(generator=rng).log()
+
+
+def backward_sum(delta, decay):
+    """x_t = delta_t + decay_t * x_{t+1} along the first axis, with x_T = 0."""
+    out, x = torch.empty_like(delta), 0.0
+    for t in reversed(range(len(delta))):
+        out[t] = x = delta[t] + decay[t] * x
+    return out
+
+
+def gae(rewards, values, next_values, terminated, done, gamma, lam):
+    """Generalised advantage estimation: A-hat of Eq. (10).
+
+    rewards, terminated, done [T, N]; values, next_values [T, N, n] in units of the reward. Ends cut
+    the sum (`done`) and, unless they are a time limit to bootstrap, the next value (`terminated`).
+    """
+    delta = rewards.unsqueeze(-1) + gamma * next_values * ~terminated.unsqueeze(-1) - values
+    return backward_sum(delta, gamma * lam * ~done.unsqueeze(-1))
+
+
+def td_lambda(rewards, next_q, terminated, done, gamma, lam):
+    """TD(lambda) targets of q_tot, all [T, N]; next_q_t = target_q_tot(s_{t+1}, mu(s_{t+1})).
+
+    G_t = r_t + gamma ((1 - lambda) next_q_t + lambda G_{t+1}); r_t + gamma next_q_t where cut off.
+    """
+    trace = lam * ~done
+    trace[-1] = 0.0  # nothing to sum up after the rollout's last step
+    return backward_sum(rewards + gamma * (1 - trace) * next_q * ~terminated, gamma * trace)
+
+
+def stochastic_pg_loss(log_ratio, advantages, alive, clip_eps):
+    """PPO's clipped loss, Eq. (3): minus the mean over live agents. All [L, B, n]."""
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    return -masked_mean(torch.min(ratio * advantages, clipped * advantages), alive)
+
+
+def gumbel_softmax(log_pi, temperature, rng):
+    """Straight-through sample [..., A]: one-hot forward, the softmax's gradient backward."""
+    soft = torch.softmax(gumbel_max(log_pi, rng) / temperature, -1)
+    return F.one_hot(soft.argmax(-1), soft.shape[-1]) - soft.detach() + soft
+
+
+def deterministic_pg_loss(mu, utilities, mixer, weights, valid, q_scale):
+    """Second term of Eq. (10): minus the mean over steps of q_tot(s, mu(s)) * q_scale.
+
+    mu, utilities [L, B, n, A], valid [L, B]. Utilities and weights come detached, and the caller
+    differentiates with respect to the policy alone: only mu carries a gradient.
+    """
+    return -masked_mean(mixer(utilities, mu, weights), valid) * q_scale
+
+
+def interpolate(stochastic, deterministic, nu):
+    """Eq. (10)."""
+    return (1 - nu) * stochastic + nu * deterministic
+
+
+def value_loss(values, targets, mask, delta, old_values=None, clip_eps=None):
+    """Huber loss in normalised units; given old values, clipped around them as in MAPPO."""
+    loss = F.huber_loss(values, targets, reduction="none", delta=delta)
+    if old_values is not None:
+        clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
+        loss = torch.max(loss, F.huber_loss(clipped, targets, reduction="none", delta=delta))
+    return masked_mean(loss, mask)
+
+
+# ------------------------------------------------------------------------------ rollout and targets
+@torch.no_grad()
+def rollout(policy, envs, buffer, now, rng, args):
+    """Play T steps of the stochastic policy into the buffer; returns the seconds spent in the games.
+
+    `now`, updated here, is what outlives a rollout: obs [N, n, O], state [N, S], avail [N, n, A],
+    keep [N] (0 where an episode begins), and the hidden state [N, n, H] of each network.
+    """
+    seconds, hidden = 0.0, now["policy_hidden"]
+    for t in range(args.rollout_steps + 1):
+        logits, hiddens = policy(now["obs"][None], hidden, now["keep"][None])
+        row = {key: now[key] for key in ("obs", "state", "avail", "keep")}
+        row["log_pi"] = masked_log_softmax(logits[0], now["avail"])
+        if t < args.rollout_steps:  # of the state after the last step only obs and log_pi count
+            actions, hidden, start = (
+                gumbel_max(row["log_pi"], rng).argmax(-1),
+                hiddens[0],
+                time.perf_counter(),
+            )
+            obs, state, avail, reward, done, info = envs.step(actions)
+            seconds += time.perf_counter() - start
+            now |= {"obs": obs, "state": state[:, 0], "avail": avail, "keep": 1.0 - done.float()}
+            final = info.pop("final")
+            row |= info | {"policy_hidden": hidden, "reward": reward, "done": done}
+            row["actions"] = F.one_hot(actions, logits.shape[-1]).float()
+            if args.bootstrap_time_limits:
+                row |= {
+                    "final_obs": final[0],
+                    "final_state": final[1][:, 0],
+                    "final_avail": final[2],
+                }
+        for key, value in row.items():
+            if key not in buffer:  # allocated in the first rollout, then used again
+                buffer[key] = value.new_zeros(args.rollout_steps + 1, *value.shape)
+            buffer[key][t] = value
+    return seconds
+
+
+def unroll(network, hidden, buffer, cut):
+    """A critic over a whole rollout in one pass: (output before each step, output after it
+    [T, N, n, out], hidden states). After a time limit that is bootstrapped (`cut`) comes the last
+    state of the old episode, not the first of the new one."""
+    out, hiddens = network(buffer["obs"], hidden, buffer["keep"], buffer["state"])
+    after = out[1:].clone()
+    if cut:
+        obs, state = buffer["final_obs"][cut][None], buffer["final_state"][cut][None]
+        after[cut] = network(obs, hiddens[cut], obs.new_ones(obs.shape[:2]), state)[0][0]
+    return out[:-1], after, hiddens
+
+
+def estimate_v(agent, batch, buffer, now, ends, args):
+    """Put values, returns and advantages [T, N, n] into the batch; metrics and V's hidden states."""
+    out, after, hiddens = unroll(agent.critic, now["critic_hidden"], buffer, ends[2])
+    values, next_values = (agent.value_norm.denormalize(x.squeeze(-1)) for x in (out, after))
+    advantages = gae(batch["reward"], values, next_values, *ends[:2], args.gamma, args.gae_lambda)
+    mean, variance = (f(advantages, batch["alive"]) for f in (masked_mean, masked_var))
+    sigma_a = variance.sqrt()
+    batch |= {
+        "values": out.squeeze(-1),
+        "returns": advantages + values,
+        "raw_advantages": advantages,
+    }
+    batch["advantages"] = (advantages - mean) / (sigma_a + 1e-5)
+    explained = 1 - variance / masked_var(batch["returns"], batch["alive"])
+    metrics = {"diagnostics/sigma_a": sigma_a, "diagnostics/explained_variance_v": explained}
+    return metrics, {"critic_hidden": hiddens}
+
+
+def estimate_q(agent, batch, buffer, now, ends, rng, args, samples=16):
+    """Put the targets of q_tot [T, N] into the batch; metrics and hidden states.
+
+    `variance/*` compare q_tot with the advantage on data that no network has been trained on, with
+    Qc = q_tot(s, a) - E_{a' ~ pi} q_tot(s, a'), the expectation over `samples` joint actions.
+    """
+    utilities, _, hiddens = unroll(agent.utility, now["utility_hidden"], buffer, None)
+    _, after, target_hiddens = unroll(agent.target_utility, now["target_hidden"], buffer, ends[2])
+    log_pi, next_state = buffer["log_pi"][1:].clone(), buffer["state"][1:].clone()
+    if cut := ends[2]:
+        obs, next_state[cut] = buffer["final_obs"][cut][None], buffer["final_state"][cut]
+        logits, _ = agent.policy(obs, buffer["policy_hidden"][cut], obs.new_ones(obs.shape[:2]))
+        log_pi[cut] = masked_log_softmax(logits[0], buffer["final_avail"][cut])
+    greedy = lambda x: F.one_hot(x.argmax(-1), x.shape[-1]).float()
+    next_q = agent.target_mixer(after, greedy(log_pi), agent.target_mixer.weights(next_state))
+    next_q = agent.q_norm.denormalize(next_q)  # of mu(s') = argmax pi, Section 2.1
+    targets = td_lambda(batch["reward"], next_q, *ends[:2], args.gamma, args.td_lambda)
+    batch["q_targets"] = targets
+
+    weights, log_pi = agent.mixer.weights(batch["state"]), buffer["log_pi"][:-1]
+    q_tot = lambda actions: agent.q_norm.denormalize(agent.mixer(utilities, actions, weights))
+    q = q_tot(batch["actions"])
+    qc = q - sum(q_tot(greedy(gumbel_max(log_pi, rng))) for _ in range(samples)) / samples
+    a, v = batch["raw_advantages"].mean(-1), (batch["returns"] - batch["raw_advantages"]).mean(-1)
+    var = functools.partial(masked_var, mask=batch["valid"])
+    return {
+        "diagnostics/explained_variance_q": 1 - var(targets - q) / var(targets),
+        "variance/r_var_pi": var(a - qc) / var(a),
+        "variance/r_var_v": var(a - (q - v)) / var(a),
+        "variance/corr": (var(a + qc) - var(a - qc)) / (4 * (var(a) * var(qc)).sqrt()),
+    }, {"utility_hidden": hiddens, "target_hidden": target_hiddens}
+
+
+@torch.no_grad()
+def estimate(agent, buffer, now, rng, args):
+    """A rollout's advantages, targets and diagnostics, before anything is trained on it.
+
+    Returns the batch in chunks [L, B, ...], the hidden states with which they begin [1, B, n, H], and
+    metrics. `now` takes over the last hidden states, for the next rollout.
+    """
+    keys = ["obs", "state", "avail", "keep", "actions", "log_pi", "reward"]
+    batch = {key: buffer[key][:-1] for key in keys}
+    done, limit = buffer["done"][:-1], buffer["truncated"][:-1] & args.bootstrap_time_limits
+    cut = limit.nonzero(as_tuple=True) if args.bootstrap_time_limits else None
+    ends = (
+        done & ~limit,
+        done,
+        cut,
+    )  # by default a time limit is an end like any other, as in MAPPO
+    # The unfinished episode of a crashed game does not count: every step that leads to the crash.
+    batch["valid"] = 1 - backward_sum(buffer["broken"][:-1].float(), (~done).float())
+    batch["alive"] = (batch["avail"].sum(-1) > 1) * batch["valid"].unsqueeze(
+        -1
+    )  # the dead: no-op only
+    metrics, hiddens = estimate_v(agent, batch, buffer, now, ends, args)
+    hiddens["policy_hidden"] = buffer["policy_hidden"]
+    if args.nu > 0:
+        q_metrics, q_hiddens = estimate_q(agent, batch, buffer, now, ends, rng, args)
+        metrics, hiddens = metrics | q_metrics, hiddens | q_hiddens
+    batch["log_probs"] = (batch.pop("log_pi") * batch["actions"]).sum(-1)
+    chunk = lambda x: x.unflatten(0, (-1, args.chunk_length)).transpose(0, 1).flatten(1, 2)
+    batch = {key: chunk(x) for key, x in batch.items()}  # all agents of a game stay together
+    for key, hidden in hiddens.items():
+        before = torch.cat([now[key][None], hidden[: args.rollout_steps - 1]])
+        batch[key] = before[:: args.chunk_length].flatten(0, 1)[None]
+        now[key] = hidden[args.rollout_steps - 1].clone()
+    return batch, metrics
+
+
+# ------------------------------------------------------------------------------------------- update
+def compute_losses(agent, batch, sigma_a, rng, args):
+    """({network: loss}, metrics) of chunks [L, B, ...]."""
+    obs, state, keep, actions = (batch[key] for key in ("obs", "state", "keep", "actions"))
+    alive, valid, losses = batch["alive"], batch["valid"], {}
+    logits, _ = agent.policy(obs, batch["policy_hidden"][0], keep)
+    log_pi = masked_log_softmax(logits, batch["avail"])
+    log_ratio = (log_pi * actions).sum(-1) - batch["log_probs"]
+    objective = stochastic_pg_loss(log_ratio, batch["advantages"], alive, args.clip_eps)
+    if args.nu > 0:
+        utilities, _ = agent.utility(obs, batch["utility_hidden"][0], keep, state)
+        weights = agent.mixer.weights(state)
+        q_tot, targets = (
+            agent.mixer(utilities, actions, weights),
+            agent.q_norm.normalize(batch["q_targets"]),
+        )
+        losses["q"] = value_loss(q_tot, targets, valid, args.huber_delta)
+        q_scale = agent.q_norm.scale()[1]  # the mixer's output is in units of this
+        if args.q_scale == "advantage":
+            q_scale = q_scale / (alive.shape[-1] * (sigma_a + 1e-5))
+        mu, frozen = gumbel_softmax(log_pi, args.temperature, rng), [w.detach() for w in weights]
+        second = deterministic_pg_loss(mu, utilities.detach(), agent.mixer, frozen, valid, q_scale)
+        objective = interpolate(objective, second, args.nu)
+    entropy = masked_mean(-(log_pi.exp() * log_pi).sum(-1), alive)
+    losses["policy"] = objective - args.ent_coef * entropy
+    values, _ = agent.critic(obs, batch["critic_hidden"][0], keep, state)
+    targets = agent.value_norm.normalize(batch["returns"])
+    mask = valid.unsqueeze(-1).expand_as(
+        targets
+    )  # not `alive`: MAPPO's SMAC scripts count the dead
+    old = (batch["values"], args.clip_eps)
+    losses["critic"] = value_loss(values.squeeze(-1), targets, mask, args.huber_delta, *old)
+    ratio = log_ratio.detach().exp()
+    metrics = {"losses/entropy": entropy.detach()}
+    metrics["diagnostics/approx_kl"] = masked_mean(ratio - 1 - log_ratio.detach(), alive)
+    metrics["diagnostics/clip_fraction"] = masked_mean(
+        ((ratio - 1).abs() > args.clip_eps).float(), alive
+    )
+    return losses, metrics
+
+
+def gradient_variance(agent, batch, sigma_a, args):
+    """Trace of the covariance of the batch's policy gradient, from one disjoint split per game."""
+    rng, grads = torch.Generator(args.device), []  # its own: the training's noise stays the same
+    for game in range(args.num_envs):
+        split = {key: x[:, game :: args.num_envs] for key, x in batch.items()}
+        loss = compute_losses(agent, split, sigma_a, rng, args)[0]["policy"]
+        grads.append(torch.autograd.grad(loss, list(agent.policy.parameters())))
+    grads = torch.stack([torch.cat([x.flatten() for x in grad]) for grad in grads])
+    return grads.var(0).sum() / args.num_envs
+
+
+def update(agent, optimizers, batch, sigma_a, rngs, args):
+    """`update_epochs` passes over the batch; returns metrics, averaged over the minibatches."""
+    chunks, history = batch["obs"].shape[1], []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(chunks, generator=rngs["shuffle"], device=args.device)
+        for index in order.split(chunks // args.num_minibatches):
+            part = (
+                batch if args.num_minibatches == 1 else {k: x[:, index] for k, x in batch.items()}
+            )
+            agent.value_norm.update(
+                part["returns"], part["valid"].unsqueeze(-1).expand_as(part["returns"])
+            )
+            if args.nu > 0:
+                agent.q_norm.update(part["q_targets"], part["valid"])
+            losses, metrics = compute_losses(agent, part, sigma_a, rngs["gumbel"], args)
+            for name, loss in losses.items():
+                parameters = optimizers[name].param_groups[0]["params"]
+                optimizers[name].zero_grad()
+                loss.backward(inputs=parameters)  # the policy's loss leaves utility and mixer alone
+                norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                metrics |= {f"losses/{name}": loss.detach(), f"diagnostics/{name}_grad_norm": norm}
+            history.append(torch.stack(list(metrics.values())))
+            if not history[-1].isfinite().all():  # before the weights are touched
+                raise RunError(f"not finite: {[k for k, x in metrics.items() if not x.isfinite()]}")
+            for optimizer in optimizers.values():
+                optimizer.step()
+        if args.nu > 0:
+            for name in ("utility", "mixer"):
+                targets = getattr(agent, f"target_{name}").parameters()
+                for target, new in zip(targets, getattr(agent, name).parameters()):
+                    target.data.lerp_(new.data, args.target_tau)
+    return dict(zip(metrics, torch.stack(history).mean(0)))
+
+
+# --------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def evaluate(policy, args, seed, film=None):
+    """SMAC's protocol: the win rate over greedy episodes, each by its own flag, in games of their own.
+
+    Every game plays its share of the episodes: the first to end would favour the short ones.
+    """
+    with contextlib.closing(make_envs(args, seed)) as envs:
+        obs, _, avail = envs.reset()
+        episodes, games = args.eval_episodes, args.num_envs
+        share = [episodes // games + (k < episodes % games) for k in range(games)]
+        hidden, keep = obs.new_zeros(*obs.shape[:2], args.hidden_dim), obs.new_zeros(games)
+        won, returns = [], []
+        while any(share):
+            logits, hiddens = policy(obs[None], hidden, keep[None])
+            actions = masked_log_softmax(logits[0], avail).argmax(-1)
+            if film and share[0]:
+                envs.record(actions)
+            obs, _, avail, _, done, info = envs.step(actions)
+            hidden, keep = hiddens[0], 1.0 - done.float()
+            for k in (done & ~info["broken"]).nonzero().flatten().tolist():
+                if share[k]:
+                    share[k] -= 1
+                    won.append(info["won"][k].item())
+                    returns.append(info["return"][k].item())
+        if film:
+            envs.save_film(film)
+    rate = float(np.mean(won))
+    error = math.sqrt(rate * (1 - rate) / episodes)
+    return {
+        "eval/win_rate": rate,
+        "eval/win_rate_stderr": error,
+        "eval/episodic_return": float(np.mean(returns)),
+    }
+
+
+def eval_seed(args, step):
+    """Seeds of their own for each evaluation (--evaluate: step 0), above all those of training."""
+    return 10**9 + (7919 * args.seed + step // args.eval_every) % 10**9
+
+
+# ------------------------------------------------------------------------------- checkpoint and log
+def save_checkpoint(path, checkpoint):
+    """Write, flush and rename: after a crash or on a full disk the old checkpoint is still whole."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(folder):
+    """A run folder's checkpoint, on the CPU. UsageError if it is missing, damaged or foreign."""
+    path = Path(folder, "checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] == "maipg_smac":
+            return checkpoint
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except Exception:  # torch.load raises many kinds
+        pass
+    raise UsageError(f"{path} is damaged, or not a checkpoint of maipg_smac.py")
+
+
+class Log:
+    """TensorBoard, progress.csv, and a progress bar, or a line every 30 s where there is no terminal."""
+
+    def __init__(self, folder, args, step):
+        self.path, self.said, self.columns = folder / "progress.csv", 0.0, []
+        if step:  # resumed: rows after the checkpoint, perhaps a torn one, will come again
+            rows = [r for r in csv.DictReader(self.path.open()) if None not in r.values()]
+            self.path.unlink()
+            for row in rows:
+                if int(row["global_step"]) <= step:
+                    self._append(row)
+        self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(
+                project="maipg", id=folder.name, resume="allow", config=asdict(args)
+            )
+
+    def _append(self, row):
+        with open(self.path, "a", newline="") as file:
+            if not self.columns:
+                self.columns = list(row)
+                csv.writer(file).writerow(self.columns)
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def write(self, step, metrics):
+        """One row of scalars, under the same names everywhere; step in environment steps."""
+        self._append({"global_step": step} | dict.fromkeys(SOMETIMES, "") | metrics)
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        text = "return {charts/episodic_return:.2f}, win rate {charts/win_rate:.2f}, {charts/SPS:.0f} steps/s"
+        text = text.format(**metrics)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.monotonic() - self.said > 30:
+            left = (self.bar.total - step) / metrics["charts/SPS"] / 60
+            print(f"step {step:,}: {text}, {left:.0f} min left", flush=True)
+            self.said = time.monotonic()
+
+    def close(self):
+        self.bar.close()
+        self.writer.close()
+
+
+# ----------------------------------------------------------------------------------------- training
+@contextlib.contextmanager
+def stop_signals():
+    """SIGINT and SIGTERM ask for a checkpoint and a clean end; a second one ends the run at once."""
+    caught = []
+
+    def handle(signum, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signum)
+
+    old = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+
+def train(args, envs):
+    """Train until total_timesteps, or until a signal; go on with args.resume. Returns the exit code."""
+    torch.manual_seed(args.seed)
+    agent = Agent(envs, args).to(args.device)
+    rates = {"policy": args.learning_rate, "critic": args.critic_lr}
+    trained = {"policy": [agent.policy], "critic": [agent.critic]}
+    if args.nu > 0:
+        rates["q"], trained["q"] = args.q_lr, [agent.utility, agent.mixer]
+    parameters = {name: nn.ModuleList(modules).parameters() for name, modules in trained.items()}
+    adam = functools.partial(torch.optim.Adam, eps=args.adam_eps)
+    optimizers = {name: adam(parameters[name], lr) for name, lr in rates.items()}
+    # Separate random streams: runs that differ only in nu meet the same exploration noise.
+    streams = ["explore", "gumbel", "shuffle", "diagnose"]
+    rngs = {
+        name: torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
+        for k, name in enumerate(streams)
+    }
+    obs, state, avail = envs.reset()
+    now = {"obs": obs, "state": state[:, 0], "avail": avail, "keep": obs.new_zeros(args.num_envs)}
+    for name in ["policy", "critic", "utility", "target"][: 4 if args.nu > 0 else 2]:
+        now[f"{name}_hidden"] = obs.new_zeros(*obs.shape[:2], args.hidden_dim)
+    done = {"step": 0, "updates": 0, "seconds": 0.0, "evaluations": []}
+    stateful = {"agent": agent, "envs": envs, **optimizers}
+
+    if args.resume:
+        folder, saved = Path(args.resume), load_checkpoint(args.resume)
+        for name, part in stateful.items():
+            part.load_state_dict(saved[name])
+        for name, rng in rngs.items():
+            rng.set_state(saved["rngs"][name])
+        done = saved["done"]
+        if args.backend == "smax":  # games of StarCraft II cannot be stored: new ones begin
+            now = {key: x.to(args.device) for key, x in saved["now"].items()}
+    else:
+        name = (
+            f"{args.backend}-{args.map_name}__maipg_smac__nu{args.nu:g}__{args.mixer}__s{args.seed}"
+        )
+        folder = Path(args.runs_dir, f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    print(f"run folder {folder}", flush=True)
+
+    def save():
+        parts = {name: part.state_dict() for name, part in stateful.items()}
+        parts |= {
+            "rngs": {name: rng.get_state() for name, rng in rngs.items()},
+            "now": now,
+            "done": done,
+        }
+        save_checkpoint(
+            folder / "checkpoint.pt", {"script": "maipg_smac", "args": asdict(args), **parts}
+        )
+
+    buffer, batch_steps, log = (
+        {},
+        args.num_envs * args.rollout_steps,
+        Log(folder, args, done["step"]),
+    )
+    with stop_signals() as caught, contextlib.closing(log):
+        while done["step"] < args.total_timesteps and not caught:
+            start = time.perf_counter()
+            try:
+                game_seconds = rollout(agent.policy, envs, buffer, now, rngs["explore"], args)
+            except RunError:  # the games fail: keep what has been learned
+                save()
+                raise
+            middle = time.perf_counter()
+            batch, metrics = estimate(agent, buffer, now, rngs["diagnose"], args)
+            sigma_a = metrics["diagnostics/sigma_a"]
+            if args.grad_variance_every and done["updates"] % args.grad_variance_every == 0:
+                metrics["variance/gradient"] = gradient_variance(agent, batch, sigma_a, args)
+            metrics |= update(agent, optimizers, batch, sigma_a, rngs, args)
+            over = buffer["done"][:-1] & ~buffer["broken"][:-1]
+            for name, key in {
+                "episodic_return": "return",
+                "episodic_length": "length",
+                "win_rate": "won",
+            }.items():
+                metrics[f"charts/{name}"] = (
+                    buffer[key][:-1][over].float().mean()
+                )  # nan: no episode ended
+            metrics = dict(
+                zip(metrics, torch.stack(list(metrics.values())).tolist())
+            )  # read back once
+            seconds, rollout_seconds = time.perf_counter() - start, middle - start
+            metrics |= {"charts/SPS": batch_steps / seconds, "charts/env_restarts": envs.restarts}
+            metrics |= {
+                "time/env": game_seconds / seconds,
+                "time/update": 1 - rollout_seconds / seconds,
+            }
+            metrics["time/policy"] = (rollout_seconds - game_seconds) / seconds
+            done["step"] += batch_steps
+            done["updates"] += 1
+            done["seconds"] += seconds
+            last = done["step"] >= args.total_timesteps
+            if last or done["step"] % args.eval_every < batch_steps:
+                evaluation = evaluate(agent.policy, args, eval_seed(args, done["step"]))
+                done["evaluations"].append({"global_step": done["step"], **evaluation})
+                metrics |= evaluation
+            log.write(done["step"], metrics)
+            if last or caught or done["updates"] % args.checkpoint_every == 0:
+                save()
+    if caught:
+        print(f"stopped by signal {caught[0]} at step {done['step']:,}; --resume {folder} goes on")
+        return 128 + caught[0]
+    final = [evaluation["eval/win_rate"] for evaluation in done["evaluations"][-10:]]
+    result = {"final_win_rate": float(np.mean(final)), "averaged_evaluations": len(final), **done}
+    (folder / "result.json").write_text(
+        json.dumps(result | {"args": asdict(args)}, indent=2) + "\n"
+    )
+    print(f"win rate {result['final_win_rate']:.3f}, the mean of the last {len(final)} evaluations")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------- main
+def report(args, envs):
+    """--evaluate: the greedy win rate of a run's policy with its 95% interval; the exit code."""
+    agent = Agent(envs, args).to(args.device)
+    envs.close()
+    agent.load_state_dict(load_checkpoint(args.evaluate)["agent"])
+    film = Path(args.evaluate) if args.capture_video else None
+    result = evaluate(agent.policy, args, eval_seed(args, 0), film)
+    rate, count = result["eval/win_rate"], args.eval_episodes
+    interval = binomtest(round(rate * count), count).proportion_ci(method="wilson")
+    print(
+        f"win rate {rate:.3f}, 95% interval [{interval.low:.3f}, {interval.high:.3f}], {count} episodes"
+    )
+    return 0
+
+
+def parse(argv):
+    """Resolved Args of a command line; the folder of --resume or --evaluate supplies the defaults."""
+    default, said = Args(), io.StringIO()
+    for flag in ("--resume", "--evaluate"):
+        if flag in argv[:-1]:
+            saved = load_checkpoint(argv[argv.index(flag) + 1])["args"]
+            default = Args(**{f.name: saved[f.name] for f in fields(Args) if f.init})
+    try:
+        with contextlib.redirect_stderr(said):
+            args = tyro.cli(Args, args=argv, default=default, description=__doc__)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        lines = [line.strip(" │|") for line in said.getvalue().splitlines()]  # tyro draws a frame
+        rule = [k for k, line in enumerate(lines) if re.fullmatch("[-─]{9,}", line)]
+        raise UsageError(" ".join(" ".join(lines[rule[0] + 1 : rule[1]]).split())) from None
+    for f in fields(Args):
+        if (
+            args.resume
+            and f.name not in RESUMABLE
+            and getattr(args, f.name) != getattr(default, f.name)
+        ):
+            raise UsageError(f"--{f.name.replace('_', '-')} cannot change when a run is resumed")
+    return resolve(args)
+
+
+def main(argv=None):
+    """Run a command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 128 + n signal n."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        torch.set_num_threads(args.threads)
+        if args.check:
+            return check(args)
+        with contextlib.closing(make_envs(args)) as envs:
+            return report(args, envs) if args.evaluate else train(args, envs)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunError, OSError) as error:
+        print(f"error: {error}; the last checkpoint is whole", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""`from smac.env import StarCraft2Env`, as with the genuine package."""
+
+from smac.env.starcraft2.starcraft2 import StarCraft2Env
+
+__all__ = ["StarCraft2Env"]
