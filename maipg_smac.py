@@ -1,8 +1,8 @@
 """MAIPG on StarCraft micromanagement: Multi-Agent Interpolated Policy Gradients, in one file.
 
-MAPPO's policy gradient rests on sampled joint actions: unbiased, but noisy. MAIPG mixes in a second,
-quieter gradient that goes through a factorised critic q_tot, differentiated by the actions. The
-weight nu trades bias against variance; nu = 0 is MAPPO, number for number. The policy ascends
+MAPPO's policy gradient rests on sampled joint actions: unbiased, but noisy. MAIPG mixes in a
+second, quieter gradient that goes through a factorised critic q_tot, differentiated by the actions.
+The weight nu trades bias against variance; nu = 0 is MAPPO, number for number. The policy ascends
 
     (1 - nu) * mean[min(r A, clip(r, 1 - eps, 1 + eps) A)]   `stochastic_pg_loss`      Eq. (3), (10)
       + nu   * mean[q_tot(s, mu(s))] * q_scale               `deterministic_pg_loss`   Eq. (10)
@@ -41,6 +41,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -52,25 +53,19 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------- settings
-TABLE_3 = {  # of the paper. difficulty: (nu, update epochs, maps); smacv2_* exist in SMAX only
-    "simple": (
-        0.4,
-        5,
-        "2m_vs_1z 2s_vs_1sc 2s3z 3m 3s_vs_3z 3s_vs_4z 3s5z 8m 1c3s5z 10m_vs_11m MMM",
-    ),
-    "hard": (0.3, 10, "2c_vs_64zg 3s_vs_5z 5m_vs_6m 8m_vs_9m 25m so_many_baneling bane_vs_bane"),
-    "super hard": (0.3, 15, "27m_vs_30m 3s5z_vs_3s6z 6h_vs_8z corridor MMM2"),
-    "smacv2": (0.3, 10, "smacv2_5_units smacv2_10_units smacv2_20_units"),
-}
+TABLE_3 = [  # of the paper: (nu, update epochs, maps that are simple, hard, super hard)
+    (0.4, 5, "2m_vs_1z 2s_vs_1sc 2s3z 3m 3s_vs_3z 3s_vs_4z 3s5z 8m 1c3s5z 10m_vs_11m MMM"),
+    (0.3, 10, "2c_vs_64zg 3s_vs_5z 5m_vs_6m 8m_vs_9m 25m so_many_baneling bane_vs_bane"),
+    (0.3, 15, "27m_vs_30m 3s5z_vs_3s6z 6h_vs_8z corridor MMM2"),
+    (0.3, 10, "smacv2_5_units smacv2_10_units smacv2_20_units"),  # SMAX only, not in the table
+]
 
 
 @dataclass
 class Args:
     # --- what to run
     map_name: str = "2s3z"  # SMAC map
-    backend: Literal["auto", "sc2", "smax"] = (
-        "auto"  # StarCraft II or JaxMARL's SMAX; auto: sc2 if there
-    )
+    backend: Literal["auto", "sc2", "smax"] = "auto"  # StarCraft II or SMAX; auto: sc2 if there
     seed: int = 1  # of weights, exploration and games
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
     threads: int = 2  # CPU threads of torch
@@ -110,9 +105,7 @@ class Args:
     eval_every: int = 80_000  # environment steps between evaluations
     eval_episodes: int = 32  # greedy episodes per evaluation
     checkpoint_every: int = 25  # updates
-    grad_variance_every: int = (
-        0  # updates between measurements of the gradient's variance; 0: never
-    )
+    grad_variance_every: int = 0  # updates between gradient variance estimates; 0: none
     runs_dir: str = "runs"  # where run folders are made
     track: bool = False  # log to Weights & Biases too
     # --- StarCraft II
@@ -122,11 +115,12 @@ class Args:
 
 
 RESUMABLE = {"resume", "total_timesteps", "device", "threads", "checkpoint_every", "track"}
+CHARTS = {"return": "charts/episodic_return", "length": "charts/episodic_length"}
+CHARTS["won"] = "charts/win_rate"
 SOMETIMES = ["eval/win_rate", "eval/win_rate_stderr", "eval/episodic_return", "variance/gradient"]
-POSITIVE = """total_timesteps target_tau temperature mixer_dim num_envs rollout_steps update_epochs
-    num_minibatches chunk_length hidden_dim learning_rate critic_lr q_lr adam_eps max_grad_norm
-    huber_delta eval_every eval_episodes checkpoint_every threads game_timeout max_failures""".split()
-FRACTIONS = "nu td_lambda target_tau gamma gae_lambda clip_eps norm_beta".split()
+FRACTIONS = ["nu", "td_lambda", "target_tau", "gamma", "gae_lambda", "clip_eps", "norm_beta"]
+BOUNDS = dict.fromkeys(FRACTIONS, (0, 1))
+BOUNDS |= {"seed": (0, 10**8), "ent_coef": (0, math.inf), "grad_variance_every": (0, math.inf)}
 
 
 class UsageError(Exception):
@@ -134,7 +128,11 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """The run cannot go on (games that keep failing, a loss that is NaN): exit code 1."""
+    """The run cannot go on (a loss is NaN): exit code 1."""
+
+
+class GameError(RunError):
+    """StarCraft II failed several times in a row: the run is saved and stops."""
 
 
 def resolve(args):
@@ -142,7 +140,7 @@ def resolve(args):
     args = copy.copy(args)
     args.backend, args.backend_reason = choose_backend(args)
     args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    paper = {name: row for *row, names in TABLE_3.values() for name in names.split()}
+    paper = {name: row for *row, names in TABLE_3 for name in names.split()}
     maps = [name for name in paper if not name.startswith("smacv2")]
     if args.backend == "smax":
         maps = list(import_smax().smax_env.MAP_NAME_TO_SCENARIO)
@@ -151,37 +149,25 @@ def resolve(args):
             f"--map-name {args.map_name}: the {args.backend} maps are {' '.join(maps)}"
         )
     args.nu = paper[args.map_name][0] if args.nu is None else args.nu
-    args.update_epochs = (
-        paper[args.map_name][1] if args.update_epochs is None else args.update_epochs
-    )
-    chunks = args.num_envs * args.rollout_steps // max(args.chunk_length, 1)
+    if args.update_epochs is None:
+        args.update_epochs = paper[args.map_name][1]
+    for name, value in asdict(args).items():  # what BOUNDS does not name must be positive
+        low, high = BOUNDS.get(name, (1 if isinstance(value, int) else 1e-12, math.inf))
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
+    chunks = args.num_envs * args.rollout_steps // args.chunk_length
     rules = [
-        (0 < getattr(args, k) < math.inf, f"{k} must be positive and finite") for k in POSITIVE
-    ]
-    rules += [(0 <= getattr(args, k) <= 1, f"{k} must lie in [0, 1]") for k in FRACTIONS]
-    rules += [
-        (0 <= args.seed < 10**8, "seed must lie in [0, 10^8)"),
-        (0 <= args.ent_coef < math.inf, "ent-coef must not be negative"),
         (args.norm_beta < 1, "norm-beta must be below 1"),
-        (
-            args.rollout_steps % max(args.chunk_length, 1) == 0,
-            "chunk-length must divide rollout-steps",
-        ),
-        (
-            chunks % max(args.num_minibatches, 1) == 0,
-            f"num-minibatches must divide {chunks} chunks",
-        ),
-        (args.grad_variance_every >= 0, "grad-variance-every must not be negative"),
-        (
-            not args.grad_variance_every or args.num_envs > 1,
-            "grad-variance-every needs num-envs > 1",
-        ),
+        (args.rollout_steps % args.chunk_length == 0, "chunk-length must divide rollout-steps"),
+        (chunks % args.num_minibatches == 0, f"num-minibatches must divide the {chunks} chunks"),
+        (not args.grad_variance_every or args.num_envs > 1, "grad-variance-every needs 2 games"),
         (not args.capture_video or args.evaluate, "capture-video goes with --evaluate RUN_DIR"),
         (not args.track or find_spec("wandb"), "track needs wandb: pip install wandb"),
     ]
     for holds, message in rules:
         if not holds:
-            raise UsageError("--" + message.replace("_", "-"))
+            raise UsageError("--" + message)
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -192,15 +178,16 @@ def resolve(args):
 # ------------------------------------------------------------------------------------- environments
 # Both backends are a batch of N games behind one interface, tensors on the training device:
 #     obs, state, avail = envs.reset()              # [N, n, O], [N, n, S], bool [N, n, A]
-#     obs, state, avail, reward, done, info = envs.step(actions)       # auto-reset; reward, done [N]
+#     obs, state, avail, reward, done, info = envs.step(actions)     # auto-reset; reward, done [N]
 # info: `return`, `length`, `won` of the episodes that end (read them where done), `truncated` (by
-# the time limit), `broken` (the game crashed), and `final`, the (obs, state, avail) before the reset.
-# obs ends with the agent's index, one-hot; a dead agent sees nothing else and may only do its no-op.
+# the time limit), `broken` (the game crashed); `final`: the (obs, state, avail) before the reset.
+# obs ends with the agent's index, one-hot. A dead agent sees nothing else and has only its no-op.
 # state is the same for all agents: one row a game in memory, expanded over n.
 def import_smax():
     """jaxmarl.environments.smax, without what jaxmarl prints when it is imported."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave GPU memory to torch
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    # Importing jaxmarl prints, and leaves sys.stdout changed: redirect_stdout puts it back.
+    with contextlib.redirect_stdout(sys.stdout), mock.patch("builtins.print"):
         from jaxmarl.environments import smax
     return smax
 
@@ -325,9 +312,9 @@ class SMAXEnvs:
 def play_sc2(pipe, map_name, seed, timeout, folder, replays):
     """One game in a process of its own, which ends with its game on any fault and says why.
 
-    Sends get_env_info(), then one ((obs, state, avail), reward, done, info) per step; receives
-    actions, or "replay". `reset` is called exactly once per episode: twice would corrupt it, and
-    before the end of the first one also raise smac's max_reward and so shrink every reward.
+    Sends (seen, final, outcome) when the game is up and after each step, seen and final being an
+    (obs, state, avail); receives actions, or "replay". It calls reset() once per episode: twice
+    would corrupt it, and before the first one has ended also shrink all rewards (max_reward grows).
     """
     os.setsid()  # a process group, so that worker and game can be killed together
     tempfile.tempdir = folder
@@ -345,40 +332,39 @@ def play_sc2(pipe, map_name, seed, timeout, folder, replays):
         env.reset()
         if (seen := view())[2][:, 0].all():  # after a crash: the dead units of the last episode
             raise RuntimeError("the game did not restart")
-        return seen
+        return seen, {"return": 0.0, "length": 0, "won": False, "truncated": False}
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
     env = None
     try:
         from absl import flags
         from smac.env import StarCraft2Env
 
-        if "sc2_timeout" in flags.FLAGS:
-            flags.FLAGS.sc2_timeout = math.ceil(timeout)
+        flags.FLAGS.sc2_timeout = math.ceil(timeout)
         # continuing_episode only adds info["episode_limit"], which tells a time-out from a defeat.
         env = StarCraft2Env(map_name, seed=seed, continuing_episode=True, replay_dir=replays)
-        pipe.send(env.get_env_info())
-        seen, total, length = begin(), 0.0, 0
-        pipe.send((seen, 0.0, False, {}))
+        seen, outcome = begin()
+        pipe.send((seen, seen, outcome | {"reward": 0.0, "done": False}))
         while True:
             if (actions := pipe.recv()) == "replay":
                 env.save_replay()
-                pipe.send({})
+                pipe.send("saved")
                 continue
             reward, done, info = env.step(actions)
             if not info:  # smac's answer to a crash: (0, True, {})
                 raise RuntimeError("the game crashed")
-            final, total, length = view(), total + reward, length + 1
-            outcome = {"return": total, "length": length, "won": info["battle_won"], "final": final}
-            outcome["truncated"] = info.get("episode_limit", False)
-            if done:
-                seen, total, length = begin(), 0.0, 0
-            pipe.send((seen if done else final, reward, done, outcome))
+            outcome["return"] += float(reward)
+            outcome["length"] += 1
+            outcome["won"], outcome["truncated"] = info["battle_won"], "episode_limit" in info
+            sent, final = outcome | {"reward": float(reward), "done": done}, view()
+            seen, outcome = begin() if done else (final, outcome)
+            pipe.send((seen, final, sent))
     except EOFError:
         pass  # the trainer closed the pipe: the normal end
     except BaseException as fault:
         with contextlib.suppress(OSError):
-            pipe.send(f"{type(fault).__name__}: {fault}")
+            pipe.send(" ".join(f"{type(fault).__name__}: {fault}".split()))
     finally:
         with contextlib.suppress(Exception):
             env.close()
@@ -391,18 +377,18 @@ class SC2Envs:
         self.args, self.seed, self.device = args, seed, torch.device(args.device)
         self.folder = tempfile.mkdtemp(prefix="maipg-")  # the games' own temporary files
         self.replays = os.path.abspath(args.evaluate) if args.capture_video else ""
-        self.info, self.workers, self.pipes, self.restarts = None, {}, {}, 0
+        self.workers, self.pipes, self.restarts = {}, {}, 0
         self.launches, self.failures = [0] * args.num_envs, [0] * args.num_envs
         try:
             for k in range(args.num_envs):
                 self._start(k)
-            self.first = [self._receive(k)[0][0] for k in range(args.num_envs)]
+            self.first = [self._receive(k)[0] for k in range(args.num_envs)]
         except BaseException:
             self.close()
             raise
-        self.num_agents, self.num_actions = self.info["n_agents"], self.info["n_actions"]
-        self.obs_dim = self.info["obs_shape"] + self.num_agents
-        self.state_dim = self.info["state_shape"]
+        obs, state, avail = self.first[0]
+        self.num_agents, self.num_actions = avail.shape
+        self.obs_dim, self.state_dim = obs.shape[1] + self.num_agents, len(state)
 
     def _start(self, k):
         """A new process for game k, with a seed of its own."""
@@ -415,28 +401,29 @@ class SC2Envs:
         theirs.close()
         self.launches[k] += 1
 
+    def _answer(self, k):
+        """What worker k sends, or a string: what is wrong with it."""
+        try:
+            if self.pipes[k].poll(self.args.game_timeout):
+                return self.pipes[k].recv()
+            return f"no answer within {self.args.game_timeout:g} s"
+        except (EOFError, OSError):
+            return "its process ended"
+
     def _receive(self, k):
-        """Game k's next message, and whether it broke: if it crashed or hangs, it is replaced."""
+        """Game k's (seen, final, outcome). A game that crashed or hangs is replaced."""
         broken = False
-        while True:
-            message = f"no answer within {self.args.game_timeout:g} s"
-            try:
-                if self.pipes[k].poll(self.args.game_timeout):
-                    message = self.pipes[k].recv()
-            except (EOFError, OSError):
-                message = "its process ended"
-            if isinstance(message, tuple):
-                return message, broken
-            if isinstance(message, dict):  # the first one: get_env_info()
-                self.info = message
-                continue
-            if self.info is None:
-                raise UsageError(f"StarCraft II does not start: {message}; try --check")
+        while isinstance(answer := self._answer(k), str):
             broken, self.restarts, self.failures[k] = True, self.restarts + 1, self.failures[k] + 1
-            if self.failures[k] >= self.args.max_failures:
-                raise RunError(f"game {k} failed {self.failures[k]} times in a row: {message}")
             self._stop(k)
+            if self.failures[k] >= self.args.max_failures:
+                raise GameError(f"game {k} failed {self.failures[k]} times in a row: {answer}")
+            print(f"game {k} is replaced: {answer}", file=sys.stderr, flush=True)
             self._start(k)
+        outcome = answer[2]
+        self.failures[k] = 0 if outcome["done"] else self.failures[k]
+        outcome |= {"broken": broken, "done": outcome["done"] or broken}
+        return answer
 
     def _stop(self, k, patience=0.0):
         """End worker k and its game; with patience, let it close the game by itself first."""
@@ -450,12 +437,9 @@ class SC2Envs:
     def _view(self, seen):
         """(obs, state, avail) of each game -> tensors, the agents' indices appended to obs."""
         obs, state, avail = (torch.as_tensor(np.stack(x)).to(self.device) for x in zip(*seen))
-        index = torch.eye(self.num_agents, device=self.device).expand(len(obs), -1, -1)
-        return (
-            torch.cat([obs, index], -1),
-            state.unsqueeze(1).expand(-1, self.num_agents, -1),
-            avail,
-        )
+        n = self.num_agents
+        index = torch.eye(n, device=self.device).expand(len(obs), n, n)
+        return torch.cat([obs, index], -1), state.unsqueeze(1).expand(-1, n, -1), avail
 
     def reset(self):
         """The first observations. To be called once: every game begins its episodes by itself."""
@@ -465,20 +449,9 @@ class SC2Envs:
         for k, row in enumerate(actions.tolist()):
             with contextlib.suppress(OSError):  # a worker that is gone shows in _receive
                 self.pipes[k].send(row)
-        nothing = {"return": 0.0, "length": 0, "won": False, "truncated": False}
-        seen, final, rows = [], [], []
-        for k in range(self.args.num_envs):
-            (now, reward, done, outcome), broken = self._receive(k)
-            self.failures[k] = 0 if done else self.failures[k]
-            seen.append(now)
-            final.append(outcome.pop("final", now))
-            rows.append(
-                {"reward": reward, "done": done or broken, "broken": broken, **(outcome or nothing)}
-            )
-        info = {
-            key: torch.tensor([row[key] for row in rows], device=self.device) for key in rows[0]
-        }
-        reward, done = info.pop("reward").float(), info.pop("done")
+        seen, final, rows = zip(*[self._receive(k) for k in range(self.args.num_envs)])
+        info = {key: torch.tensor([x[key] for x in rows], device=self.device) for key in rows[0]}
+        reward, done = info.pop("reward"), info.pop("done")
         return *self._view(seen), reward, done, info | {"final": self._view(final)}
 
     def record(self, actions):
@@ -487,11 +460,16 @@ class SC2Envs:
     def save_film(self, folder):
         """The replay of game 0, written by StarCraft II into the run's folder."""
         self.pipes[0].send("replay")
-        self.pipes[0].poll(self.args.game_timeout)
+        if (answer := self._answer(0)) != "saved":
+            raise GameError(f"no replay: {answer}")
         return folder
 
     def state_dict(self):
-        return {}  # a game of StarCraft II cannot be stored: resumed runs begin new episodes
+        """A game of StarCraft II cannot be stored: resumed runs begin new episodes."""
+        return {"restarts": self.restarts}
+
+    def load_state_dict(self, state):
+        self.restarts += state["restarts"]
 
     def close(self):
         """End all games and their processes; nothing outlives this call."""
@@ -506,26 +484,14 @@ class SC2Envs:
 def sc2_setup(map_name):
     """[(what StarCraft II needs, whether it is there, how to mend it)], first things first."""
     mend, spec = "run benchmark/install_sc2.sh", find_spec("smac")
-    home = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
     genuine = spec and any(Path(p, "env").is_dir() for p in spec.submodule_search_locations or [])
-    game_map = home / "Maps" / "SMAC_Maps" / f"{map_name}.SC2Map"
+    home = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
+    game, game_map = "Versions/Base*/SC2_x64", home / f"Maps/SMAC_Maps/{map_name}.SC2Map"
     return [
-        (
-            "package smac",
-            spec,
-            f"oxwhirl's smac (PyPI's smac is another project) is missing: {mend}",
-        ),
-        (
-            "the right smac",
-            genuine,
-            f"`smac` is AutoML's namesake: pip uninstall smac, then {mend}",
-        ),
+        ("smac", spec, f"oxwhirl's smac (PyPI's smac is another project) is missing: {mend}"),
+        ("right smac", genuine, f"`smac` is AutoML's namesake: pip uninstall smac, then {mend}"),
         ("SC2PATH", home.is_dir(), f"no StarCraft II in {home}: set SC2PATH, or {mend}"),
-        (
-            "game",
-            any(home.glob("Versions/Base*/SC2*")),
-            f"no Versions/Base*/SC2_x64 in {home}: {mend}",
-        ),
+        ("game", any(home.glob(game)), f"no {game} in {home}: {mend}"),
         ("map", game_map.is_file(), f"{game_map} is missing: {mend}"),
     ]
 
@@ -533,7 +499,8 @@ def sc2_setup(map_name):
 def choose_backend(args):
     """(backend, why). Raises UsageError if the one asked for cannot be had."""
     missing = [mend for _, there, mend in sc2_setup(args.map_name) if not there]
-    if args.backend == "sc2" and missing and not args.check:
+    known = args.map_name in " ".join(names for *_, names in TABLE_3[:3]).split()
+    if args.backend == "sc2" and missing and known and not args.check:  # unknown: `resolve` says so
         raise UsageError(f"--backend sc2: {missing[0]}")
     backend = args.backend if args.backend != "auto" else "smax" if missing else "sc2"
     if backend == "smax" and not find_spec("jaxmarl"):
@@ -546,22 +513,25 @@ def make_envs(args, seed=None):
     """The games of resolved args; seed None: those of the training, whose backend is announced."""
     if seed is None:
         print(f"backend {args.backend} ({args.backend_reason}), device {args.device}", flush=True)
-    return (SC2Envs if args.backend == "sc2" else SMAXEnvs)(
-        args, args.seed if seed is None else seed
-    )
+    envs = SC2Envs if args.backend == "sc2" else SMAXEnvs
+    return envs(args, args.seed if seed is None else seed)
 
 
 def check(args):
-    """--check: test the set-up step by step, and say the one thing to mend. Returns the exit code."""
-    args = replace(args, num_envs=1, backend="sc2" if args.backend == "auto" else args.backend)
+    """--check: test the set-up step by step, and say the one thing to mend. The exit code."""
     for what, there, mend in sc2_setup(args.map_name) if args.backend == "sc2" else []:
-        print(f"{'ok     ' if there else 'MISSING'} {what}{'' if there else ': ' + mend}")
+        print(f"ok      {what}" if there else f"MISSING {what}: {mend}")
         if not there:
             return 1
-    with contextlib.closing(make_envs(args)) as envs:
-        _, _, avail = envs.reset()
-        for _ in range(5):
-            _, _, avail, *_ = envs.step(avail.float().argmax(-1))
+    args.num_envs = args.max_failures = 1
+    try:
+        with contextlib.closing(make_envs(args)) as envs:
+            _, _, avail = envs.reset()
+            for _ in range(5):
+                _, _, avail, *_ = envs.step(avail.float().argmax(-1))
+    except GameError as error:
+        print(f"FAILED  {error}")
+        return 1
     print(f"ok      five steps of {args.map_name}")
     return 0
 
@@ -594,7 +564,7 @@ class Recurrent(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(dim), orthogonal(nn.Linear(dim, out_dim), out_gain))
 
     def forward(self, obs, hidden, keep, state=None):
-        """obs [L, B, n, O], hidden [B, n, H], keep [L, B] (0 where an episode begins), state [L, B, S]
+        """obs [L, B, n, O], hidden [B, n, H], keep [L, B] (0: an episode begins), state [L, B, S]
         -> output [L, B, n, out], hidden state after each step [L, B, n, H]."""
         x = self.obs_in(obs)
         if state is not None:
@@ -610,7 +580,7 @@ class Recurrent(nn.Module):
 class Mixer(nn.Module):
     """q_tot from the utilities of the chosen actions: QMIX, VDN, or Q(s, a_1 ... a_n) unfactorised.
 
-    QMIX is monotonic, dq_tot/dQ_i >= 0: each agent's best action is then its part of the team's best.
+    QMIX is monotonic, dq_tot/dQ_i >= 0: each agent's best action is part of the team's best one.
     """
 
     def __init__(self, kind, num_agents, num_actions, state_dim, dim):
@@ -774,7 +744,7 @@ def value_loss(values, targets, mask, delta, old_values=None, clip_eps=None):
 # ------------------------------------------------------------------------------ rollout and targets
 @torch.no_grad()
 def rollout(policy, envs, buffer, now, rng, args):
-    """Play T steps of the stochastic policy into the buffer; returns the seconds spent in the games.
+    """Play T steps of the stochastic policy into the buffer; returns the seconds in the games.
 
     `now`, updated here, is what outlives a rollout: obs [N, n, O], state [N, S], avail [N, n, A],
     keep [N] (0 where an episode begins), and the hidden state [N, n, H] of each network.
@@ -785,23 +755,17 @@ def rollout(policy, envs, buffer, now, rng, args):
         row = {key: now[key] for key in ("obs", "state", "avail", "keep")}
         row["log_pi"] = masked_log_softmax(logits[0], now["avail"])
         if t < args.rollout_steps:  # of the state after the last step only obs and log_pi count
-            actions, hidden, start = (
-                gumbel_max(row["log_pi"], rng).argmax(-1),
-                hiddens[0],
-                time.perf_counter(),
-            )
+            actions, hidden = gumbel_max(row["log_pi"], rng).argmax(-1), hiddens[0]
+            start = time.perf_counter()
             obs, state, avail, reward, done, info = envs.step(actions)
             seconds += time.perf_counter() - start
             now |= {"obs": obs, "state": state[:, 0], "avail": avail, "keep": 1.0 - done.float()}
-            final = info.pop("final")
+            last_obs, last_state, last_avail = info.pop("final")
             row |= info | {"policy_hidden": hidden, "reward": reward, "done": done}
             row["actions"] = F.one_hot(actions, logits.shape[-1]).float()
             if args.bootstrap_time_limits:
-                row |= {
-                    "final_obs": final[0],
-                    "final_state": final[1][:, 0],
-                    "final_avail": final[2],
-                }
+                row |= {"last_obs": last_obs, "last_avail": last_avail}
+                row["last_state"] = last_state[:, 0]
         for key, value in row.items():
             if key not in buffer:  # allocated in the first rollout, then used again
                 buffer[key] = value.new_zeros(args.rollout_steps + 1, *value.shape)
@@ -816,23 +780,19 @@ def unroll(network, hidden, buffer, cut):
     out, hiddens = network(buffer["obs"], hidden, buffer["keep"], buffer["state"])
     after = out[1:].clone()
     if cut:
-        obs, state = buffer["final_obs"][cut][None], buffer["final_state"][cut][None]
+        obs, state = buffer["last_obs"][cut][None], buffer["last_state"][cut][None]
         after[cut] = network(obs, hiddens[cut], obs.new_ones(obs.shape[:2]), state)[0][0]
     return out[:-1], after, hiddens
 
 
 def estimate_v(agent, batch, buffer, now, ends, args):
-    """Put values, returns and advantages [T, N, n] into the batch; metrics and V's hidden states."""
+    """Put values, returns, advantages [T, N, n] into the batch; metrics and V's hidden states."""
     out, after, hiddens = unroll(agent.critic, now["critic_hidden"], buffer, ends[2])
     values, next_values = (agent.value_norm.denormalize(x.squeeze(-1)) for x in (out, after))
     advantages = gae(batch["reward"], values, next_values, *ends[:2], args.gamma, args.gae_lambda)
     mean, variance = (f(advantages, batch["alive"]) for f in (masked_mean, masked_var))
     sigma_a = variance.sqrt()
-    batch |= {
-        "values": out.squeeze(-1),
-        "returns": advantages + values,
-        "raw_advantages": advantages,
-    }
+    batch |= {"values": out.squeeze(-1), "returns": advantages + values, "raw": advantages}
     batch["advantages"] = (advantages - mean) / (sigma_a + 1e-5)
     explained = 1 - variance / masked_var(batch["returns"], batch["alive"])
     metrics = {"diagnostics/sigma_a": sigma_a, "diagnostics/explained_variance_v": explained}
@@ -849,9 +809,9 @@ def estimate_q(agent, batch, buffer, now, ends, rng, args, samples=16):
     _, after, target_hiddens = unroll(agent.target_utility, now["target_hidden"], buffer, ends[2])
     log_pi, next_state = buffer["log_pi"][1:].clone(), buffer["state"][1:].clone()
     if cut := ends[2]:
-        obs, next_state[cut] = buffer["final_obs"][cut][None], buffer["final_state"][cut]
+        obs, next_state[cut] = buffer["last_obs"][cut][None], buffer["last_state"][cut]
         logits, _ = agent.policy(obs, buffer["policy_hidden"][cut], obs.new_ones(obs.shape[:2]))
-        log_pi[cut] = masked_log_softmax(logits[0], buffer["final_avail"][cut])
+        log_pi[cut] = masked_log_softmax(logits[0], buffer["last_avail"][cut])
     greedy = lambda x: F.one_hot(x.argmax(-1), x.shape[-1]).float()
     next_q = agent.target_mixer(after, greedy(log_pi), agent.target_mixer.weights(next_state))
     next_q = agent.q_norm.denormalize(next_q)  # of mu(s') = argmax pi, Section 2.1
@@ -862,7 +822,7 @@ def estimate_q(agent, batch, buffer, now, ends, rng, args, samples=16):
     q_tot = lambda actions: agent.q_norm.denormalize(agent.mixer(utilities, actions, weights))
     q = q_tot(batch["actions"])
     qc = q - sum(q_tot(greedy(gumbel_max(log_pi, rng))) for _ in range(samples)) / samples
-    a, v = batch["raw_advantages"].mean(-1), (batch["returns"] - batch["raw_advantages"]).mean(-1)
+    a, v = batch["raw"].mean(-1), (batch["returns"] - batch["raw"]).mean(-1)
     var = functools.partial(masked_var, mask=batch["valid"])
     return {
         "diagnostics/explained_variance_q": 1 - var(targets - q) / var(targets),
@@ -876,23 +836,18 @@ def estimate_q(agent, batch, buffer, now, ends, rng, args, samples=16):
 def estimate(agent, buffer, now, rng, args):
     """A rollout's advantages, targets and diagnostics, before anything is trained on it.
 
-    Returns the batch in chunks [L, B, ...], the hidden states with which they begin [1, B, n, H], and
-    metrics. `now` takes over the last hidden states, for the next rollout.
+    Returns metrics and the batch in chunks [L, B, ...], with the hidden states [1, B, n, H] that
+    they begin with. `now` takes over the last hidden states, for the next rollout.
     """
     keys = ["obs", "state", "avail", "keep", "actions", "log_pi", "reward"]
     batch = {key: buffer[key][:-1] for key in keys}
     done, limit = buffer["done"][:-1], buffer["truncated"][:-1] & args.bootstrap_time_limits
     cut = limit.nonzero(as_tuple=True) if args.bootstrap_time_limits else None
-    ends = (
-        done & ~limit,
-        done,
-        cut,
-    )  # by default a time limit is an end like any other, as in MAPPO
+    ends = (done & ~limit, done, cut)  # by default a time limit is an end like others, as in MAPPO
     # The unfinished episode of a crashed game does not count: every step that leads to the crash.
     batch["valid"] = 1 - backward_sum(buffer["broken"][:-1].float(), (~done).float())
-    batch["alive"] = (batch["avail"].sum(-1) > 1) * batch["valid"].unsqueeze(
-        -1
-    )  # the dead: no-op only
+    choice = batch["avail"].sum(-1) > 1  # a dead agent has only its no-op
+    batch["alive"] = choice * batch["valid"].unsqueeze(-1)
     metrics, hiddens = estimate_v(agent, batch, buffer, now, ends, args)
     hiddens["policy_hidden"] = buffer["policy_hidden"]
     if args.nu > 0:
@@ -920,10 +875,8 @@ def compute_losses(agent, batch, sigma_a, rng, args):
     if args.nu > 0:
         utilities, _ = agent.utility(obs, batch["utility_hidden"][0], keep, state)
         weights = agent.mixer.weights(state)
-        q_tot, targets = (
-            agent.mixer(utilities, actions, weights),
-            agent.q_norm.normalize(batch["q_targets"]),
-        )
+        q_tot = agent.mixer(utilities, actions, weights)
+        targets = agent.q_norm.normalize(batch["q_targets"])
         losses["q"] = value_loss(q_tot, targets, valid, args.huber_delta)
         q_scale = agent.q_norm.scale()[1]  # the mixer's output is in units of this
         if args.q_scale == "advantage":
@@ -996,48 +949,45 @@ def update(agent, optimizers, batch, sigma_a, rngs, args):
 
 # --------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate(policy, args, seed, film=None):
-    """SMAC's protocol: the win rate over greedy episodes, each by its own flag, in games of their own.
+def evaluate(policy, envs, args, film=None):
+    """SMAC's protocol: win rate over greedy episodes, each by its own flag, in games of their own.
 
     Every game plays its share of the episodes: the first to end would favour the short ones.
     """
-    with contextlib.closing(make_envs(args, seed)) as envs:
-        obs, _, avail = envs.reset()
-        episodes, games = args.eval_episodes, args.num_envs
-        share = [episodes // games + (k < episodes % games) for k in range(games)]
-        hidden, keep = obs.new_zeros(*obs.shape[:2], args.hidden_dim), obs.new_zeros(games)
-        won, returns = [], []
-        while any(share):
-            logits, hiddens = policy(obs[None], hidden, keep[None])
-            actions = masked_log_softmax(logits[0], avail).argmax(-1)
-            if film and share[0]:
-                envs.record(actions)
-            obs, _, avail, _, done, info = envs.step(actions)
-            hidden, keep = hiddens[0], 1.0 - done.float()
-            for k in (done & ~info["broken"]).nonzero().flatten().tolist():
-                if share[k]:
-                    share[k] -= 1
-                    won.append(info["won"][k].item())
-                    returns.append(info["return"][k].item())
-        if film:
-            envs.save_film(film)
+    obs, _, avail = envs.reset()
+    games = len(obs)
+    share = [args.eval_episodes // games + (k < args.eval_episodes % games) for k in range(games)]
+    hidden, keep = obs.new_zeros(*obs.shape[:2], args.hidden_dim), obs.new_zeros(games)
+    won, returns = [], []
+    while any(share):
+        logits, hiddens = policy(obs[None], hidden, keep[None])
+        actions = masked_log_softmax(logits[0], avail).argmax(-1)
+        if film and not won:  # until the first episode ends
+            envs.record(actions)
+        obs, _, avail, _, done, info = envs.step(actions)
+        hidden, keep = hiddens[0], 1.0 - done.float()
+        for k in (done & ~info["broken"]).nonzero().flatten().tolist():
+            if share[k]:
+                share[k] -= 1
+                won.append(info["won"][k].item())
+                returns.append(info["return"][k].item())
+    if film:
+        envs.save_film(film)
     rate = float(np.mean(won))
-    error = math.sqrt(rate * (1 - rate) / episodes)
-    return {
-        "eval/win_rate": rate,
-        "eval/win_rate_stderr": error,
-        "eval/episodic_return": float(np.mean(returns)),
-    }
+    error = math.sqrt(rate * (1 - rate) / args.eval_episodes)
+    result = {"eval/win_rate": rate, "eval/win_rate_stderr": error}
+    return result | {"eval/episodic_return": float(np.mean(returns))}
 
 
-def eval_seed(args, step):
-    """Seeds of their own for each evaluation (--evaluate: step 0), above all those of training."""
-    return 10**9 + (7919 * args.seed + step // args.eval_every) % 10**9
+def evaluation_games(args, step):
+    """Games with seeds of their own for each evaluation (--evaluate: step 0), above training's."""
+    seed = 10**9 + (7919 * args.seed + step // args.eval_every) % 10**9
+    return contextlib.closing(make_envs(args, seed))
 
 
 # ------------------------------------------------------------------------------- checkpoint and log
 def save_checkpoint(path, checkpoint):
-    """Write, flush and rename: after a crash or on a full disk the old checkpoint is still whole."""
+    """Write, flush, rename: after a crash or on a full disk the old checkpoint is still whole."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1064,7 +1014,7 @@ def load_checkpoint(folder):
 
 
 class Log:
-    """TensorBoard, progress.csv, and a progress bar, or a line every 30 s where there is no terminal."""
+    """TensorBoard, progress.csv, and a progress bar; off a terminal, a line every 30 s."""
 
     def __init__(self, folder, args, step):
         self.path, self.said, self.columns = folder / "progress.csv", 0.0, []
@@ -1080,9 +1030,8 @@ class Log:
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(
-                project="maipg", id=folder.name, resume="allow", config=asdict(args)
-            )
+            config = {"id": folder.name, "resume": "allow", "config": asdict(args)}
+            self.wandb = wandb.init(project="maipg", **config)
 
     def _append(self, row):
         with open(self.path, "a", newline="") as file:
@@ -1098,8 +1047,8 @@ class Log:
             self.writer.add_scalar(key, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
-        text = "return {charts/episodic_return:.2f}, win rate {charts/win_rate:.2f}, {charts/SPS:.0f} steps/s"
-        text = text.format(**metrics)
+        numbers = [metrics[f"charts/{key}"] for key in ("episodic_return", "win_rate", "SPS")]
+        text = "return {:.2f}, win rate {:.2f}, {:.0f} steps/s".format(*numbers)
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.monotonic() - self.said > 30:
@@ -1115,7 +1064,7 @@ class Log:
 # ----------------------------------------------------------------------------------------- training
 @contextlib.contextmanager
 def stop_signals():
-    """SIGINT and SIGTERM ask for a checkpoint and a clean end; a second one ends the run at once."""
+    """SIGINT and SIGTERM ask for a checkpoint and a clean end; a second one ends at once."""
     caught = []
 
     def handle(signum, frame):
@@ -1131,8 +1080,18 @@ def stop_signals():
             signal.signal(signum, handler)
 
 
+@contextlib.contextmanager
+def saved_on(error, save):
+    """Keep what has been learned when the games fail."""
+    try:
+        yield
+    except error:
+        save()
+        raise
+
+
 def train(args, envs):
-    """Train until total_timesteps, or until a signal; go on with args.resume. Returns the exit code."""
+    """Train until total_timesteps or a signal; go on with args.resume. Returns the exit code."""
     torch.manual_seed(args.seed)
     agent = Agent(envs, args).to(args.device)
     rates = {"policy": args.learning_rate, "critic": args.critic_lr}
@@ -1143,11 +1102,9 @@ def train(args, envs):
     adam = functools.partial(torch.optim.Adam, eps=args.adam_eps)
     optimizers = {name: adam(parameters[name], lr) for name, lr in rates.items()}
     # Separate random streams: runs that differ only in nu meet the same exploration noise.
-    streams = ["explore", "gumbel", "shuffle", "diagnose"]
-    rngs = {
-        name: torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
-        for k, name in enumerate(streams)
-    }
+    rngs = {}
+    for k, name in enumerate(["explore", "gumbel", "shuffle", "diagnose"]):
+        rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
     obs, state, avail = envs.reset()
     now = {"obs": obs, "state": state[:, 0], "avail": avail, "keep": obs.new_zeros(args.num_envs)}
     for name in ["policy", "critic", "utility", "target"][: 4 if args.nu > 0 else 2]:
@@ -1165,38 +1122,24 @@ def train(args, envs):
         if args.backend == "smax":  # games of StarCraft II cannot be stored: new ones begin
             now = {key: x.to(args.device) for key, x in saved["now"].items()}
     else:
-        name = (
-            f"{args.backend}-{args.map_name}__maipg_smac__nu{args.nu:g}__{args.mixer}__s{args.seed}"
-        )
-        folder = Path(args.runs_dir, f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
+        name = f"{args.backend}-{args.map_name}__maipg_smac__nu{args.nu:g}__{args.mixer}"
+        folder = Path(args.runs_dir, f"{name}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
         folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     print(f"run folder {folder}", flush=True)
 
     def save():
         parts = {name: part.state_dict() for name, part in stateful.items()}
-        parts |= {
-            "rngs": {name: rng.get_state() for name, rng in rngs.items()},
-            "now": now,
-            "done": done,
-        }
-        save_checkpoint(
-            folder / "checkpoint.pt", {"script": "maipg_smac", "args": asdict(args), **parts}
-        )
+        parts["rngs"] = {name: rng.get_state() for name, rng in rngs.items()}
+        parts |= {"script": "maipg_smac", "args": asdict(args), "now": now, "done": done}
+        save_checkpoint(folder / "checkpoint.pt", parts)
 
-    buffer, batch_steps, log = (
-        {},
-        args.num_envs * args.rollout_steps,
-        Log(folder, args, done["step"]),
-    )
-    with stop_signals() as caught, contextlib.closing(log):
+    buffer, batch_steps = {}, args.num_envs * args.rollout_steps
+    log = Log(folder, args, done["step"])
+    with stop_signals() as caught, contextlib.closing(log), saved_on(GameError, save):
         while done["step"] < args.total_timesteps and not caught:
             start = time.perf_counter()
-            try:
-                game_seconds = rollout(agent.policy, envs, buffer, now, rngs["explore"], args)
-            except RunError:  # the games fail: keep what has been learned
-                save()
-                raise
+            game_seconds = rollout(agent.policy, envs, buffer, now, rngs["explore"], args)
             middle = time.perf_counter()
             batch, metrics = estimate(agent, buffer, now, rngs["diagnose"], args)
             sigma_a = metrics["diagnostics/sigma_a"]
@@ -1204,30 +1147,22 @@ def train(args, envs):
                 metrics["variance/gradient"] = gradient_variance(agent, batch, sigma_a, args)
             metrics |= update(agent, optimizers, batch, sigma_a, rngs, args)
             over = buffer["done"][:-1] & ~buffer["broken"][:-1]
-            for name, key in {
-                "episodic_return": "return",
-                "episodic_length": "length",
-                "win_rate": "won",
-            }.items():
-                metrics[f"charts/{name}"] = (
-                    buffer[key][:-1][over].float().mean()
-                )  # nan: no episode ended
-            metrics = dict(
-                zip(metrics, torch.stack(list(metrics.values())).tolist())
-            )  # read back once
+            for key in ("return", "length", "won"):  # of the sampled actions; nan: no episode ended
+                metrics[CHARTS[key]] = buffer[key][:-1][over].float().mean()
+            values = torch.stack(list(metrics.values())).tolist()  # read back from the device, once
+            metrics = dict(zip(metrics, values))
             seconds, rollout_seconds = time.perf_counter() - start, middle - start
             metrics |= {"charts/SPS": batch_steps / seconds, "charts/env_restarts": envs.restarts}
-            metrics |= {
-                "time/env": game_seconds / seconds,
-                "time/update": 1 - rollout_seconds / seconds,
-            }
+            metrics["time/env"] = game_seconds / seconds
+            metrics["time/update"] = 1 - rollout_seconds / seconds
             metrics["time/policy"] = (rollout_seconds - game_seconds) / seconds
             done["step"] += batch_steps
             done["updates"] += 1
             done["seconds"] += seconds
             last = done["step"] >= args.total_timesteps
             if last or done["step"] % args.eval_every < batch_steps:
-                evaluation = evaluate(agent.policy, args, eval_seed(args, done["step"]))
+                with evaluation_games(args, done["step"]) as games:
+                    evaluation = evaluate(agent.policy, games, args)
                 done["evaluations"].append({"global_step": done["step"], **evaluation})
                 metrics |= evaluation
             log.write(done["step"], metrics)
@@ -1238,31 +1173,29 @@ def train(args, envs):
         return 128 + caught[0]
     final = [evaluation["eval/win_rate"] for evaluation in done["evaluations"][-10:]]
     result = {"final_win_rate": float(np.mean(final)), "averaged_evaluations": len(final), **done}
-    (folder / "result.json").write_text(
-        json.dumps(result | {"args": asdict(args)}, indent=2) + "\n"
-    )
+    result["args"] = asdict(args)
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"win rate {result['final_win_rate']:.3f}, the mean of the last {len(final)} evaluations")
     return 0
 
 
 # --------------------------------------------------------------------------------------------- main
-def report(args, envs):
+def report(args):
     """--evaluate: the greedy win rate of a run's policy with its 95% interval; the exit code."""
-    agent = Agent(envs, args).to(args.device)
-    envs.close()
-    agent.load_state_dict(load_checkpoint(args.evaluate)["agent"])
-    film = Path(args.evaluate) if args.capture_video else None
-    result = evaluate(agent.policy, args, eval_seed(args, 0), film)
+    saved = load_checkpoint(args.evaluate)["agent"]
+    with evaluation_games(args, 0) as games:
+        agent = Agent(games, args).to(args.device)
+        agent.load_state_dict(saved)
+        result = evaluate(agent.policy, games, args, args.capture_video and Path(args.evaluate))
     rate, count = result["eval/win_rate"], args.eval_episodes
     interval = binomtest(round(rate * count), count).proportion_ci(method="wilson")
-    print(
-        f"win rate {rate:.3f}, 95% interval [{interval.low:.3f}, {interval.high:.3f}], {count} episodes"
-    )
+    text = f"win rate {rate:.3f}, 95% interval [{interval.low:.3f}, {interval.high:.3f}]"
+    print(f"{args.backend}: {text}, return {result['eval/episodic_return']:.2f}, {count} greedy episodes")
     return 0
 
 
 def parse(argv):
-    """Resolved Args of a command line; the folder of --resume or --evaluate supplies the defaults."""
+    """Resolved Args of a command line; --resume and --evaluate take defaults from their folder."""
     default, said = Args(), io.StringIO()
     for flag in ("--resume", "--evaluate"):
         if flag in argv[:-1]:
@@ -1278,30 +1211,29 @@ def parse(argv):
         rule = [k for k, line in enumerate(lines) if re.fullmatch("[-─]{9,}", line)]
         raise UsageError(" ".join(" ".join(lines[rule[0] + 1 : rule[1]]).split())) from None
     for f in fields(Args):
-        if (
-            args.resume
-            and f.name not in RESUMABLE
-            and getattr(args, f.name) != getattr(default, f.name)
-        ):
+        changed = getattr(args, f.name) != getattr(default, f.name)
+        if args.resume and changed and f.name not in RESUMABLE:
             raise UsageError(f"--{f.name.replace('_', '-')} cannot change when a run is resumed")
     return resolve(args)
 
 
 def main(argv=None):
-    """Run a command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 128 + n signal n."""
+    """Run a command line. The exit code: 0 done, 1 failed, 2 bad input, 128 + n signal n."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         torch.set_num_threads(args.threads)
-        if args.check:
-            return check(args)
+        if args.check or args.evaluate:
+            return check(args) if args.check else report(args)
         with contextlib.closing(make_envs(args)) as envs:
-            return report(args, envs) if args.evaluate else train(args, envs)
+            return train(args, envs)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunError, OSError) as error:
         print(f"error: {error}; the last checkpoint is whole", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

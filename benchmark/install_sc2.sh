@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# StarCraft II 4.10 (Linux), the SMAC maps and oxwhirl's smac, for `maipg_smac.py --backend sc2`.
+#
+#     AGREE_TO_EULA=1 benchmark/install_sc2.sh [FOLDER]      (default: $SC2PATH, or ~/StarCraftII)
+#
+# Needs internet access, curl, unzip, git and about 8 GB; run it in the virtual environment that
+# requirements.txt was installed into. Blizzard's archive is protected by the words with which one
+# accepts its licence (https://github.com/Blizzard/s2client-proto): set AGREE_TO_EULA=1 to do so.
+set -euo pipefail
+
+SC2PATH=${1:-${SC2PATH:-$HOME/StarCraftII}}
+SMAC_COMMIT=d6aab33f76abc3849c50463a8592a84f59a5ef84
+if [ "${AGREE_TO_EULA:-0}" != 1 ]; then
+    echo "error: set AGREE_TO_EULA=1 to accept Blizzard's AI and Machine Learning licence" >&2
+    exit 2
+fi
+for tool in curl unzip git python; do
+    command -v "$tool" > /dev/null || { echo "error: $tool is missing" >&2; exit 2; }
+done
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+if [ ! -d "$SC2PATH/Versions" ]; then
+    curl -fL -o "$work/game.zip" https://blzdistsc2-a.akamaihd.net/Linux/SC2.4.10.zip
+    mkdir -p "$work/game"
+    unzip -q -P iagreetotheeula "$work/game.zip" -d "$work/game"
+    mkdir -p "$SC2PATH"
+    cp -r "$work/game/StarCraftII/." "$SC2PATH/"
+fi
+if [ ! -d "$SC2PATH/Maps/SMAC_Maps" ]; then
+    curl -fL -o "$work/maps.zip" https://github.com/oxwhirl/smac/releases/download/v0.1-beta1/SMAC_Maps.zip
+    mkdir -p "$SC2PATH/Maps"
+    unzip -q "$work/maps.zip" -d "$SC2PATH/Maps"
+fi
+# smac asks for protobuf < 3.21 and TensorBoard for 6.31 or newer. Both work with today's protobuf if
+# the game's protocol is generated for it (pys2clientprotocol), so smac's own pins are left out.
+git clone -q https://github.com/oxwhirl/smac.git "$work/smac"
+git -C "$work/smac" checkout -q "$SMAC_COMMIT"
+python -m pip install absl-py deepdiff mock mpyq portpicker requests six websocket-client \
+    s2protocol pygame-ce scipy pys2clientprotocol==1.0.2
+python -m pip install --no-deps pysc2==4.0.0 "$work/smac"
+
+echo "StarCraft II is in $SC2PATH. If that is not ~/StarCraftII: export SC2PATH=$SC2PATH"
+SC2PATH="$SC2PATH" python "$(dirname "$0")/../maipg_smac.py" --check --backend sc2
