@@ -37,7 +37,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -502,7 +502,9 @@ def choose_backend(args):
     known = args.map_name in " ".join(names for *_, names in TABLE_3[:3]).split()
     if args.backend == "sc2" and missing and known and not args.check:  # unknown: `resolve` says so
         raise UsageError(f"--backend sc2: {missing[0]}")
-    backend = args.backend if args.backend != "auto" else "smax" if missing else "sc2"
+    backend = args.backend
+    if backend == "auto":  # --check is about StarCraft II
+        backend = "smax" if missing and not args.check else "sc2"
     if backend == "smax" and not find_spec("jaxmarl"):
         raise UsageError("SMAX needs jaxmarl: pip install -r requirements.txt")
     found = f"no StarCraft II: {missing[0]}" if missing else "smac and StarCraft II are installed"
@@ -1190,7 +1192,8 @@ def report(args):
     rate, count = result["eval/win_rate"], args.eval_episodes
     interval = binomtest(round(rate * count), count).proportion_ci(method="wilson")
     text = f"win rate {rate:.3f}, 95% interval [{interval.low:.3f}, {interval.high:.3f}]"
-    print(f"{args.backend}: {text}, return {result['eval/episodic_return']:.2f}, {count} greedy episodes")
+    text += f", return {result['eval/episodic_return']:.2f}, {count} greedy episodes"
+    print(f"{args.backend}: {text}")
     return 0
 
 
@@ -1230,7 +1233,7 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunError, OSError) as error:
-        print(f"error: {error}; the last checkpoint is whole", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
