@@ -26,6 +26,7 @@ import copy
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -115,12 +116,14 @@ class Args:
 
 
 RESUMABLE = {"resume", "total_timesteps", "device", "threads", "checkpoint_every", "track"}
+EVALUABLE = {"evaluate", "eval_episodes", "num_envs", "seed", "device", "threads", "capture_video"}
 CHARTS = {"return": "charts/episodic_return", "length": "charts/episodic_length"}
 CHARTS["won"] = "charts/win_rate"
 SOMETIMES = ["eval/win_rate", "eval/win_rate_stderr", "eval/episodic_return", "variance/gradient"]
 FRACTIONS = ["nu", "td_lambda", "target_tau", "gamma", "gae_lambda", "clip_eps", "norm_beta"]
 BOUNDS = dict.fromkeys(FRACTIONS, (0, 1))
-BOUNDS |= {"seed": (0, 10**8), "ent_coef": (0, math.inf), "grad_variance_every": (0, math.inf)}
+BOUNDS |= {"seed": (0, 10**8), "threads": (1, 1024), "ent_coef": (0, math.inf)}
+BOUNDS |= {"grad_variance_every": (0, math.inf)}
 
 
 class UsageError(Exception):
@@ -139,15 +142,15 @@ def resolve(args):
     """Fill in backend, device and Table 3. Raises UsageError: what is wrong, and what is valid."""
     args = copy.copy(args)
     args.backend, args.backend_reason = choose_backend(args)
-    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     paper = {name: row for *row, names in TABLE_3 for name in names.split()}
     maps = [name for name in paper if not name.startswith("smacv2")]
     if args.backend == "smax":
         maps = list(import_smax().smax_env.MAP_NAME_TO_SCENARIO)
     if args.map_name not in maps:
-        raise UsageError(
-            f"--map-name {args.map_name}: the {args.backend} maps are {' '.join(maps)}"
-        )
+        known = " ".join(maps)
+        raise UsageError(f"--map-name {args.map_name}: the {args.backend} maps are {known}")
     args.nu = paper[args.map_name][0] if args.nu is None else args.nu
     if args.update_epochs is None:
         args.update_epochs = paper[args.map_name][1]
@@ -164,12 +167,13 @@ def resolve(args):
         (not args.grad_variance_every or args.num_envs > 1, "grad-variance-every needs 2 games"),
         (not args.capture_video or args.evaluate, "capture-video goes with --evaluate RUN_DIR"),
         (not args.track or find_spec("wandb"), "track needs wandb: pip install wandb"),
+        (not Path(args.runs_dir).is_file(), f"runs-dir {args.runs_dir} is a file"),
     ]
     for holds, message in rules:
         if not holds:
             raise UsageError("--" + message)
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     return args
@@ -226,9 +230,8 @@ def smax_engine(map_name):
     @jax.jit
     def step(keys, games, totals, actions):
         keys, reset_keys, done, now, outcome = jax.vmap(step_one)(keys, games, totals, actions)
-        choose = jax.vmap(
-            lambda over, new, old: jax.tree.map(lambda *x: jnp.where(over, *x), new, old)
-        )
+        choose_one = lambda over, *pair: jax.tree.map(lambda *x: jnp.where(over, *x), *pair)
+        choose = jax.vmap(choose_one)
         renew = lambda old: choose(done, jax.vmap(reset_one)(reset_keys), old)
         # A reset costs as much as a step: only when some game is over.
         games, totals, seen = jax.lax.cond(done.any(), renew, lambda old: old, now)
@@ -334,7 +337,8 @@ def play_sc2(pipe, map_name, seed, timeout, folder, replays):
             raise RuntimeError("the game did not restart")
         return seen, {"return": 0.0, "length": 0, "won": False, "truncated": False}
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    watcher = threading.Thread(target=end_with_parent, daemon=True)
+    watcher.start()
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
     env = None
     try:
@@ -368,6 +372,8 @@ def play_sc2(pipe, map_name, seed, timeout, folder, replays):
     finally:
         with contextlib.suppress(Exception):
             env.close()
+        if not multiprocessing.parent_process().is_alive():
+            watcher.join()  # tidies up, then ends this process
 
 
 class SC2Envs:
@@ -508,7 +514,7 @@ def choose_backend(args):
     if backend == "smax" and not find_spec("jaxmarl"):
         raise UsageError("SMAX needs jaxmarl: pip install -r requirements.txt")
     found = f"no StarCraft II: {missing[0]}" if missing else "smac and StarCraft II are installed"
-    return backend, found if args.backend == "auto" else "asked for"
+    return backend, found if args.backend == "auto" else "as asked for"
 
 
 def make_envs(args, seed=None):
@@ -794,14 +800,14 @@ def estimate_v(agent, batch, buffer, now, ends, args):
     advantages = gae(batch["reward"], values, next_values, *ends[:2], args.gamma, args.gae_lambda)
     mean, variance = (f(advantages, batch["alive"]) for f in (masked_mean, masked_var))
     sigma_a = variance.sqrt()
-    batch |= {"values": out.squeeze(-1), "returns": advantages + values, "raw": advantages}
+    batch |= {"values": out.squeeze(-1), "returns": advantages + values}
     batch["advantages"] = (advantages - mean) / (sigma_a + 1e-5)
     explained = 1 - variance / masked_var(batch["returns"], batch["alive"])
     metrics = {"diagnostics/sigma_a": sigma_a, "diagnostics/explained_variance_v": explained}
-    return metrics, {"critic_hidden": hiddens}
+    return metrics, {"critic_hidden": hiddens}, advantages
 
 
-def estimate_q(agent, batch, buffer, now, ends, rng, args, samples=16):
+def estimate_q(agent, batch, raw_advantages, buffer, now, ends, rng, args, samples=8):
     """Put the targets of q_tot [T, N] into the batch; metrics and hidden states.
 
     `variance/*` compare q_tot with the advantage on data that no network has been trained on, with
@@ -824,7 +830,7 @@ def estimate_q(agent, batch, buffer, now, ends, rng, args, samples=16):
     q_tot = lambda actions: agent.q_norm.denormalize(agent.mixer(utilities, actions, weights))
     q = q_tot(batch["actions"])
     qc = q - sum(q_tot(greedy(gumbel_max(log_pi, rng))) for _ in range(samples)) / samples
-    a, v = batch["raw"].mean(-1), (batch["returns"] - batch["raw"]).mean(-1)
+    a, v = raw_advantages.mean(-1), (batch["returns"] - raw_advantages).mean(-1)
     var = functools.partial(masked_var, mask=batch["valid"])
     return {
         "diagnostics/explained_variance_q": 1 - var(targets - q) / var(targets),
@@ -850,12 +856,15 @@ def estimate(agent, buffer, now, rng, args):
     batch["valid"] = 1 - backward_sum(buffer["broken"][:-1].float(), (~done).float())
     choice = batch["avail"].sum(-1) > 1  # a dead agent has only its no-op
     batch["alive"] = choice * batch["valid"].unsqueeze(-1)
-    metrics, hiddens = estimate_v(agent, batch, buffer, now, ends, args)
+    # The critic's loss counts the dead too, as MAPPO's SMAC scripts do.
+    batch["counted"] = batch["valid"].unsqueeze(-1).expand_as(choice).contiguous()
+    metrics, hiddens, raw = estimate_v(agent, batch, buffer, now, ends, args)
     hiddens["policy_hidden"] = buffer["policy_hidden"]
     if args.nu > 0:
-        q_metrics, q_hiddens = estimate_q(agent, batch, buffer, now, ends, rng, args)
+        q_metrics, q_hiddens = estimate_q(agent, batch, raw, buffer, now, ends, rng, args)
         metrics, hiddens = metrics | q_metrics, hiddens | q_hiddens
     batch["log_probs"] = (batch.pop("log_pi") * batch["actions"]).sum(-1)
+    del batch["reward"]
     chunk = lambda x: x.unflatten(0, (-1, args.chunk_length)).transpose(0, 1).flatten(1, 2)
     batch = {key: chunk(x) for key, x in batch.items()}  # all agents of a game stay together
     for key, hidden in hiddens.items():
@@ -890,17 +899,14 @@ def compute_losses(agent, batch, sigma_a, rng, args):
     losses["policy"] = objective - args.ent_coef * entropy
     values, _ = agent.critic(obs, batch["critic_hidden"][0], keep, state)
     targets = agent.value_norm.normalize(batch["returns"])
-    mask = valid.unsqueeze(-1).expand_as(
-        targets
-    )  # not `alive`: MAPPO's SMAC scripts count the dead
     old = (batch["values"], args.clip_eps)
-    losses["critic"] = value_loss(values.squeeze(-1), targets, mask, args.huber_delta, *old)
-    ratio = log_ratio.detach().exp()
+    counted = batch["counted"]  # with the dead: see `estimate`
+    losses["critic"] = value_loss(values.squeeze(-1), targets, counted, args.huber_delta, *old)
+    change = log_ratio.detach()
+    outside = ((change.exp() - 1).abs() > args.clip_eps).float()
     metrics = {"losses/entropy": entropy.detach()}
-    metrics["diagnostics/approx_kl"] = masked_mean(ratio - 1 - log_ratio.detach(), alive)
-    metrics["diagnostics/clip_fraction"] = masked_mean(
-        ((ratio - 1).abs() > args.clip_eps).float(), alive
-    )
+    metrics["diagnostics/approx_kl"] = masked_mean(change.exp() - 1 - change, alive)
+    metrics["diagnostics/clip_fraction"] = masked_mean(outside, alive)
     return losses, metrics
 
 
@@ -921,12 +927,10 @@ def update(agent, optimizers, batch, sigma_a, rngs, args):
     for _ in range(args.update_epochs):
         order = torch.randperm(chunks, generator=rngs["shuffle"], device=args.device)
         for index in order.split(chunks // args.num_minibatches):
-            part = (
-                batch if args.num_minibatches == 1 else {k: x[:, index] for k, x in batch.items()}
-            )
-            agent.value_norm.update(
-                part["returns"], part["valid"].unsqueeze(-1).expand_as(part["returns"])
-            )
+            part = batch
+            if args.num_minibatches > 1:
+                part = {key: x[:, index] for key, x in batch.items()}
+            agent.value_norm.update(part["returns"], part["counted"])
             if args.nu > 0:
                 agent.q_norm.update(part["q_targets"], part["valid"])
             losses, metrics = compute_losses(agent, part, sigma_a, rngs["gumbel"], args)
@@ -988,12 +992,13 @@ def evaluation_games(args, step):
 
 
 # ------------------------------------------------------------------------------- checkpoint and log
-def save_checkpoint(path, checkpoint):
-    """Write, flush, rename: after a crash or on a full disk the old checkpoint is still whole."""
+@contextlib.contextmanager
+def replacing(path):
+    """A file that takes `path` once it is whole: a crash or a full disk leaves the old one."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -1005,27 +1010,27 @@ def load_checkpoint(folder):
     """A run folder's checkpoint, on the CPU. UsageError if it is missing, damaged or foreign."""
     path = Path(folder, "checkpoint.pt")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] == "maipg_smac":
+        checkpoint, names = torch.load(path, map_location="cpu", weights_only=True), asdict(Args())
+        foreign = not isinstance(checkpoint, dict) or checkpoint["script"] != "maipg_smac"
+        if not foreign and checkpoint["args"].keys() == names.keys():
             return checkpoint
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
     except Exception:  # torch.load raises many kinds
         pass
-    raise UsageError(f"{path} is damaged, or not a checkpoint of maipg_smac.py")
+    raise UsageError(f"{path} is damaged, or not a checkpoint of this version of maipg_smac.py")
 
 
 class Log:
     """TensorBoard, progress.csv, and a progress bar; off a terminal, a line every 30 s."""
 
     def __init__(self, folder, args, step):
-        self.path, self.said, self.columns = folder / "progress.csv", 0.0, []
-        if step:  # resumed: rows after the checkpoint, perhaps a torn one, will come again
-            rows = [r for r in csv.DictReader(self.path.open()) if None not in r.values()]
-            self.path.unlink()
-            for row in rows:
-                if int(row["global_step"]) <= step:
-                    self._append(row)
+        self.path, self.said = folder / "progress.csv", 0.0
+        if step:  # resumed: rows after the checkpoint will come again, and one may be torn
+            head, *rows = self.path.read_bytes().splitlines(keepends=True)
+            with replacing(self.path) as file:
+                whole = [row for row in rows if row.endswith(b"\n")]
+                file.writelines([head] + [r for r in whole if int(r.split(b",")[0]) <= step])
         self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
         self.wandb = None
@@ -1035,16 +1040,14 @@ class Log:
             config = {"id": folder.name, "resume": "allow", "config": asdict(args)}
             self.wandb = wandb.init(project="maipg", **config)
 
-    def _append(self, row):
-        with open(self.path, "a", newline="") as file:
-            if not self.columns:
-                self.columns = list(row)
-                csv.writer(file).writerow(self.columns)
-            csv.DictWriter(file, self.columns).writerow(row)
-
     def write(self, step, metrics):
         """One row of scalars, under the same names everywhere; step in environment steps."""
-        self._append({"global_step": step} | dict.fromkeys(SOMETIMES, "") | metrics)
+        row = {"global_step": step} | dict.fromkeys(SOMETIMES, "") | metrics
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if not file.tell():
+                writer.writeheader()
+            writer.writerow(row)
         for key, value in metrics.items():
             self.writer.add_scalar(key, value, step)
         if self.wandb:
@@ -1080,6 +1083,16 @@ def stop_signals():
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
+
+
+def new_folder(parent, name):
+    """Make PARENT/NAME__<time>, with a number where a run of this second has it already."""
+    name += time.strftime("__%Y%m%d-%H%M%S")
+    for k in itertools.count():
+        folder = Path(parent, f"{name}-{k}" if k else name)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 @contextlib.contextmanager
@@ -1125,8 +1138,7 @@ def train(args, envs):
             now = {key: x.to(args.device) for key, x in saved["now"].items()}
     else:
         name = f"{args.backend}-{args.map_name}__maipg_smac__nu{args.nu:g}__{args.mixer}"
-        folder = Path(args.runs_dir, f"{name}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.mkdir(parents=True)
+        folder = new_folder(args.runs_dir, f"{name}__s{args.seed}")
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     print(f"run folder {folder}", flush=True)
 
@@ -1134,7 +1146,8 @@ def train(args, envs):
         parts = {name: part.state_dict() for name, part in stateful.items()}
         parts["rngs"] = {name: rng.get_state() for name, rng in rngs.items()}
         parts |= {"script": "maipg_smac", "args": asdict(args), "now": now, "done": done}
-        save_checkpoint(folder / "checkpoint.pt", parts)
+        with replacing(folder / "checkpoint.pt") as file:
+            torch.save(parts, file)
 
     buffer, batch_steps = {}, args.num_envs * args.rollout_steps
     log = Log(folder, args, done["step"])
@@ -1174,10 +1187,11 @@ def train(args, envs):
         print(f"stopped by signal {caught[0]} at step {done['step']:,}; --resume {folder} goes on")
         return 128 + caught[0]
     final = [evaluation["eval/win_rate"] for evaluation in done["evaluations"][-10:]]
-    result = {"final_win_rate": float(np.mean(final)), "averaged_evaluations": len(final), **done}
-    result["args"] = asdict(args)
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"win rate {result['final_win_rate']:.3f}, the mean of the last {len(final)} evaluations")
+    rate = float(np.mean(final)) if final else None
+    result = {"final_win_rate": rate, "averaged_evaluations": len(final), **done}
+    with replacing(folder / "result.json") as file:
+        file.write(json.dumps(result | {"args": asdict(args)}, indent=2).encode())
+    print(f"win rate {rate}, the mean of the last {len(final)} evaluations")
     return 0
 
 
@@ -1200,9 +1214,10 @@ def report(args):
 def parse(argv):
     """Resolved Args of a command line; --resume and --evaluate take defaults from their folder."""
     default, said = Args(), io.StringIO()
+    words = [part for word in argv for part in word.split("=", 1)]
     for flag in ("--resume", "--evaluate"):
-        if flag in argv[:-1]:
-            saved = load_checkpoint(argv[argv.index(flag) + 1])["args"]
+        if flag in words[:-1]:
+            saved = load_checkpoint(words[words.index(flag) + 1])["args"] | {"resume": ""}
             default = Args(**{f.name: saved[f.name] for f in fields(Args) if f.init})
     try:
         with contextlib.redirect_stderr(said):
@@ -1211,12 +1226,15 @@ def parse(argv):
         if not end.code:  # --help
             raise
         lines = [line.strip(" │|") for line in said.getvalue().splitlines()]  # tyro draws a frame
-        rule = [k for k, line in enumerate(lines) if re.fullmatch("[-─]{9,}", line)]
-        raise UsageError(" ".join(" ".join(lines[rule[0] + 1 : rule[1]]).split())) from None
-    for f in fields(Args):
-        changed = getattr(args, f.name) != getattr(default, f.name)
-        if args.resume and changed and f.name not in RESUMABLE:
-            raise UsageError(f"--{f.name.replace('_', '-')} cannot change when a run is resumed")
+        is_rule = lambda line: re.fullmatch("[-─]{9,}", line)
+        message = itertools.dropwhile(is_rule, lines[1:])
+        message = itertools.takewhile(lambda line: not is_rule(line), message)
+        raise UsageError(" ".join(" ".join(message).split())) from None
+    kept = RESUMABLE if args.resume else EVALUABLE if args.evaluate else asdict(args)
+    for name, value in asdict(args).items():
+        if name not in kept and value != getattr(default, name):
+            doing = "resumed" if args.resume else "evaluated"
+            raise UsageError(f"--{name.replace('_', '-')} cannot change when a run is {doing}")
     return resolve(args)
 
 

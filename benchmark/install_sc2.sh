@@ -27,15 +27,12 @@ if [ ! -d "$SC2PATH/Versions" ]; then
     mkdir -p "$SC2PATH"
     cp -r "$work/game/StarCraftII/." "$SC2PATH/"
 fi
-if [ ! -d "$SC2PATH/Maps/SMAC_Maps" ]; then
-    curl -fL -o "$work/maps.zip" https://github.com/oxwhirl/smac/releases/download/v0.1-beta1/SMAC_Maps.zip
-    mkdir -p "$SC2PATH/Maps"
-    unzip -q "$work/maps.zip" -d "$SC2PATH/Maps"
-fi
-# smac asks for protobuf < 3.21 and TensorBoard for 6.31 or newer. Both work with today's protobuf if
-# the game's protocol is generated for it (pys2clientprotocol), so smac's own pins are left out.
 git clone -q https://github.com/oxwhirl/smac.git "$work/smac"
 git -C "$work/smac" checkout -q "$SMAC_COMMIT"
+mkdir -p "$SC2PATH/Maps"  # the maps are in smac's repository; its installation leaves them out
+cp -rn "$work/smac/smac/env/starcraft2/maps/SMAC_Maps" "$SC2PATH/Maps/"
+# smac asks for protobuf < 3.21 and TensorBoard for 6.31 or newer. Both work with today's protobuf if
+# the game's protocol is generated for it (pys2clientprotocol), so smac's own pins are left out.
 python -m pip install absl-py deepdiff mock mpyq portpicker requests six websocket-client \
     s2protocol pygame-ce scipy pys2clientprotocol==1.0.2
 python -m pip install --no-deps pysc2==4.0.0 "$work/smac"

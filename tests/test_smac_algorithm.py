@@ -698,7 +698,6 @@ def test_estimate(bootstrap):
         mixture[:, k, i] = n_step_mixture(*columns, 0.99, 0.95)
     raw = mixture - value[:-1].numpy()
     np.testing.assert_allclose(got["returns"], mixture, atol=2e-5)
-    np.testing.assert_allclose(got["raw"], raw, atol=2e-5)
     t, k = np.argwhere(truncated)[0]  # one cut step by hand
     expected = r[t, k] + (0.99 * after[t, k].numpy() if bootstrap else 0)
     np.testing.assert_allclose(got["returns"][t, k], expected * np.ones(3), atol=2e-5)

@@ -250,7 +250,7 @@ def test_training_masks_a_crash_and_resumes(standin, monkeypatch, capfd):
     assert m.main(["--resume", str(run), "--total-timesteps", "60"]) == 0, capfd.readouterr().err
     assert [int(row["global_step"]) for row in progress(run)] == [20, 40, 60]
     assert float(progress(run)[-1]["charts/env_restarts"]) == 1
-    assert "backend sc2 (asked for)" in capfd.readouterr().out and leftovers(standin) == []
+    assert "backend sc2 (as asked for)" in capfd.readouterr().out and leftovers(standin) == []
 
 
 def test_a_killed_training_leaves_nothing(standin):
@@ -377,7 +377,7 @@ def test_what_is_missing_has_its_own_line(standin, monkeypatch, capsys, spoil, s
 def test_auto_takes_the_game_where_it_is_there(capsys):
     args = m.resolve(m.Args(map_name="3m", device="cpu"))
     assert args.backend == "sc2" and "are installed" in args.backend_reason
-    assert m.choose_backend(m.Args(map_name="3m", backend="smax")) == ("smax", "asked for")
+    assert m.choose_backend(m.Args(map_name="3m", backend="smax")) == ("smax", "as asked for")
     assert m.main(["--backend", "sc2", "--map-name", "4m"]) == 2  # unknown: the maps are listed
     error = capsys.readouterr().err
     assert "4m" in error and "2s3z" in error and error.count("\n") == 1
