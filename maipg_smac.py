@@ -856,13 +856,13 @@ def estimate(agent, buffer, now, rng, args):
     batch["valid"] = 1 - backward_sum(buffer["broken"][:-1].float(), (~done).float())
     choice = batch["avail"].sum(-1) > 1  # a dead agent has only its no-op
     batch["alive"] = choice * batch["valid"].unsqueeze(-1)
-    # The critic's loss counts the dead too, as MAPPO's SMAC scripts do.
-    batch["counted"] = batch["valid"].unsqueeze(-1).expand_as(choice).contiguous()
     metrics, hiddens, raw = estimate_v(agent, batch, buffer, now, ends, args)
     hiddens["policy_hidden"] = buffer["policy_hidden"]
     if args.nu > 0:
         q_metrics, q_hiddens = estimate_q(agent, batch, raw, buffer, now, ends, rng, args)
         metrics, hiddens = metrics | q_metrics, hiddens | q_hiddens
+    # The critic's loss counts the dead too, as MAPPO's SMAC scripts do.
+    batch["counted"] = batch["valid"].unsqueeze(-1).expand_as(batch["values"])
     batch["log_probs"] = (batch.pop("log_pi") * batch["actions"]).sum(-1)
     del batch["reward"]
     chunk = lambda x: x.unflatten(0, (-1, args.chunk_length)).transpose(0, 1).flatten(1, 2)
