@@ -10,6 +10,7 @@ LOSSES = "masked_mean gumbel_max stochastic_pg_loss gumbel_softmax interpolate U
 TRAINER = LOSSES + " masked_var masked_log_softmax backward_sum gae td_lambda value_loss orthogonal"
 TRAINER += " deterministic_pg_loss Mixer ValueNorm unroll estimate_v gradient_variance update"
 TRAINER += " RunError evaluation_games replacing Log stop_signals new_folder saved_on parse main"
+FOOTBALL = TRAINER + " Recurrent Agent rollout estimate_q estimate compute_losses load_checkpoint"
 DIFFERENT = {  # allowed, with the reason
     "Log": "the progress line of SMAC has a win rate",
     "main": "SMAC has --check",
@@ -23,7 +24,9 @@ def blocks(script):
     return {node.name: ast.dump(node) for node in tree.body if isinstance(node, kinds)}
 
 
-@pytest.mark.parametrize("script, names", [("maipg_matrix", LOSSES), ("maipg_mpe", TRAINER)])
+@pytest.mark.parametrize(
+    "script, names", [("maipg_matrix", LOSSES), ("maipg_mpe", TRAINER), ("maipg_grf", FOOTBALL)]
+)
 def test_shared_blocks_are_identical(script, names):
     reference, other = blocks("maipg_smac"), blocks(script)
     differing = [n for n in names.split() if reference[n] != other[n] and n not in DIFFERENT]

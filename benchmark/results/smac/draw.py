@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.stats import binomtest, t
 
 HERE = Path(__file__).parent
 STYLES = {0.0: ("#0072B2", "--", "MAPPO (nu = 0)")}  # readable in print and for the colour-blind
@@ -25,6 +26,19 @@ def read(folder):
     rows = list(csv.DictReader((folder / "progress.csv").open()))
     curve = [(int(r["global_step"]), float(r["eval/win_rate"])) for r in rows if r["eval/win_rate"]]
     return args, curve, np.median([float(row["charts/SPS"]) for row in rows])
+
+
+def interval(rates):
+    """Mean of the last ten evaluations and its 95% interval: Student's t over the seeds; for a
+    single seed Wilson's, over its evaluation episodes, which knows nothing of other seeds."""
+    seeds = [x.mean() for x in rates]
+    mean = float(np.mean(seeds))
+    if len(seeds) > 1:
+        half = t.ppf(0.975, len(seeds) - 1) * np.std(seeds, ddof=1) / math.sqrt(len(seeds))
+        return mean, mean - half, mean + half
+    episodes = 32 * len(rates[0])
+    wilson = binomtest(round(mean * episodes), episodes).proportion_ci(method="wilson")
+    return mean, wilson.low, wilson.high
 
 
 def main(runs_dir):
@@ -40,17 +54,15 @@ def main(runs_dir):
             out.writerows([*key, step, rate] for step, rate in curve)
     with open(HERE / "final.csv", "w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(
-            "map nu seeds steps last_win_rate stderr_over_seeds area_under_curve sps".split()
-        )
+        names = "map nu seeds steps win_rate_last_ten low_95 high_95 last_win_rate"
+        out.writerow([*names.split(), "area_under_curve", "median_sps_contended"])
         for (name, nu), group in sorted(groups.items()):
-            last = [curve[-1][1] for _, curve, _ in group]
-            error = np.std(last, ddof=1) / math.sqrt(len(last)) if len(last) > 1 else math.nan
-            area = np.mean([np.mean([rate for _, rate in curve]) for _, curve, _ in group])
+            curves = [np.array([rate for _, rate in curve]) for _, curve, _ in group]
+            mean, low, high = interval([curve[-10:] for curve in curves])
+            last, area = (np.mean([f(c) for c in curves]) for f in (lambda c: c[-1], np.mean))
             speed = np.median([speed for *_, speed in group])
-            row = [np.mean(last), error, area]
-            steps = group[0][1][-1][0]
-            out.writerow([name, nu, len(last), steps, *(f"{x:.3f}" for x in row), f"{speed:.0f}"])
+            row = [f"{x:.3f}" for x in (mean, low, high, last, area)]
+            out.writerow([name, nu, len(group), group[0][1][-1][0], *row, f"{speed:.0f}"])
     maps = sorted({name for name, _ in groups})
     figure, axes = plt.subplots(1, len(maps), figsize=(4.2 * len(maps), 3.4), squeeze=False)
     for axis, name in zip(axes[0], maps):
