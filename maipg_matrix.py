@@ -93,9 +93,7 @@ def resolve(args):
         if number and not low <= value <= high:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
     if not all(0 <= nu <= 1 for nu in args.nus) or 0 not in args.nus:
-        raise UsageError(
-            "--nus must lie in [0, 1] and contain 0, which the others are compared with"
-        )
+        raise UsageError("--nus must lie in [0, 1] and contain 0, to compare with")
     for setting in args.settings:
         match = re.fullmatch(r"(\d+)x(\d+)", setting)
         n, m = map(int, match.groups()) if match else (0, 0)
