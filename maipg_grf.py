@@ -40,6 +40,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -52,7 +53,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------- settings
-SCENARIOS = {  # controlled players; the goalkeeper is always the engine's own, and never an agent
+# Agents per scenario. Which players they steer is the engine's choice, and changes during an episode:
+# it wants the one nearest to the ball among them, which can be the goalkeeper.
+SCENARIOS = {
     "academy_3_vs_1_with_keeper": 3,
     "academy_run_pass_and_shoot_with_keeper": 2,
     "academy_counterattack_easy": 4,
@@ -241,6 +244,13 @@ class Football:
         return self.look(raw), reward, done, score == 1, limit
 
 
+def keep_no_copies():
+    """In this process: gfootball copies every observation for its dumps, which are off here."""
+    from gfootball.env import football_env_core
+
+    football_env_core.copy = SimpleNamespace(deepcopy=lambda observation: observation)
+
+
 def play_football(pipe, scenario, shared, rows, seed):
     """A worker with its share of the games; on a fault it says why, and ends."""
 
@@ -252,6 +262,7 @@ def play_football(pipe, scenario, shared, rows, seed):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
     try:
         random.seed(seed)  # gfootball draws the engine's seeds from it, one for each episode
+        keep_no_copies()
         shared = {key: value.numpy() for key, value in shared.items()}
         games, totals = [Football(scenario) for _ in rows], np.zeros((len(rows), 2))
         for k, game in zip(rows, games):
