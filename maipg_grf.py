@@ -53,8 +53,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------- settings
-# Agents per scenario. Which players they steer is the engine's choice, and changes in an episode: it
-# wants the one nearest to the ball among them, which can be the goalkeeper.
+# Agents per scenario. Which players they steer is the engine's choice, and changes in an episode:
+# it wants the one nearest to the ball among them, which can be the goalkeeper.
 SCENARIOS = {
     "academy_3_vs_1_with_keeper": 3,
     "academy_run_pass_and_shoot_with_keeper": 2,

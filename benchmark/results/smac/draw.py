@@ -35,7 +35,7 @@ def interval(rates):
     mean = float(np.mean(seeds))
     if len(seeds) > 1:
         half = t.ppf(0.975, len(seeds) - 1) * np.std(seeds, ddof=1) / math.sqrt(len(seeds))
-        return mean, mean - half, mean + half
+        return mean, max(0.0, mean - half), min(1.0, mean + half)
     episodes = 32 * len(rates[0])
     wilson = binomtest(round(mean * episodes), episodes).proportion_ci(method="wilson")
     return mean, wilson.low, wilson.high
