@@ -187,6 +187,13 @@ def resolve(args):
 OBS, STATE, ACTIONS = 115, 104, 19
 
 
+def import_football():
+    """gfootball's modules config and football_env_core, without what gym says when imported."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        from gfootball.env import config, football_env_core
+    return config, football_env_core
+
+
 class Football:
     """One game, on gfootball's engine without its wrappers, which cost as much as the engine.
 
@@ -195,8 +202,7 @@ class Football:
     """
 
     def __init__(self, scenario, render=False):
-        from gfootball.env import config, football_env_core
-
+        config, football_env_core = import_football()
         self.n = SCENARIOS[scenario]
         players = [f"agent:left_players={self.n}"]
         settings = {"level": scenario, "players": players, "display_game_stats": False}
@@ -246,8 +252,7 @@ class Football:
 
 def keep_no_copies():
     """In this process: gfootball copies every observation for its dumps, which are off here."""
-    from gfootball.env import football_env_core
-
+    _, football_env_core = import_football()
     football_env_core.copy = SimpleNamespace(deepcopy=lambda observation: observation)
 
 
