@@ -222,6 +222,8 @@ def test_dead_units_of_the_last_episode_are_no_beginning(standin, monkeypatch):
         monkeypatch.setattr(os, name, lambda *_: None)
     monkeypatch.setattr(m.threading, "Thread", lambda **_: type("T", (), {"start": lambda s: 0})())
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    parent = type("Parent", (), {"is_alive": lambda self: True})
+    monkeypatch.setattr(m.multiprocessing, "parent_process", parent)
     order(monkeypatch, {"reset": 2, "kind": "dead_reset"})
     m.play_sc2(Pipe(), "3m", 1, 60, str(standin / "tmp"), "")
     assert sent[-1] == "RuntimeError: the game did not restart"
