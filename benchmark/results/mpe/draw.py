@@ -74,9 +74,9 @@ def figure_6(groups):
             steps = returns(runs[0][1])[0]
             values = np.array([returns(rows)[1] for _, rows in runs])
             mean, std = values.mean(0), values.std(0)
-            axis.plot(steps, mean, line, color=colour, label=f"{label}, {len(runs)} seed(s)")
-            axis.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
-        axis.set(title=f"{task}, 5 agents", xlabel="environment steps")
+            axis.plot(steps / 1000, mean, line, color=colour, label=f"{label}, {len(runs)} seed(s)")
+            axis.fill_between(steps / 1000, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+        axis.set(title=f"{task}, 5 agents", xlabel="environment steps, thousands")
         axis.legend(fontsize=8, loc="lower right")
     axes[0].set_ylabel("greedy return (mean, std over seeds)")
     figure.tight_layout()
@@ -99,13 +99,13 @@ def figure_2(groups):
                 continue
             for axis, name in zip(axes, METRICS):
                 curves = np.array([[float(row[name]) for row in rows] for _, rows in runs])
-                steps = [int(row["global_step"]) for row in runs[0][1]]
+                steps = [int(row["global_step"]) / 1000 for row in runs[0][1]]
                 label = f"{mixer}, {len(runs)} seed(s)"
                 axis.plot(steps, curves.mean(0), line, color=colour, label=label)
     titles = ["Var(A - Qc) / Var(A)", "Var(A - (Q - V)) / Var(A)", "corr(A, Qc)"]
     for axis, title in zip(axes, titles):
         axis.axhline(0 if "corr" in title else 1, color="grey", lw=1)
-        axis.set(title=title, xlabel="environment steps")
+        axis.set(title=title, xlabel="environment steps, thousands")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(HERE / "figure2.png", dpi=130)
