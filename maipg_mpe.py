@@ -69,7 +69,7 @@ class Args:
     evaluate: str = ""  # run folder whose policy is to be evaluated
     capture_video: bool = False  # with --evaluate: a gif drawn by the environment's own renderer
     # --- MAIPG
-    nu: float = 0.4  # weight of the deterministic gradient, 0 is MAPPO
+    nu: float = 0.2  # weight of the deterministic gradient, 0 is MAPPO
     mixer: Literal["qmix", "vdn", "joint"] = "qmix"  # how q_tot is made of the utilities
     q_scale: Literal["advantage", "raw"] = "advantage"  # unit of q_tot: 1 / (n sigma_A), or 1
     td_lambda: float = 0.8  # of the targets of q_tot
