@@ -195,7 +195,7 @@ def import_football():
 
 
 class Football:
-    """One game, on gfootball's engine without its wrappers, which cost as much as the engine.
+    """One game, on gfootball's engine without its wrappers, which copy and convert a lot.
 
     Observations and rewards are those of create_environment(representation="simple115v2",
     rewards="scoring,checkpoints"), the rewards summed over the agents and given to all of them.
