@@ -74,9 +74,10 @@ def make_runs(script, scenarios, nus=(), mixers=(), seeds=(1,), **flags):
     for scenario, nu, mixer, seed in itertools.product(
         scenarios, nus or [None], mixers or [None], seeds
     ):
-        own = {flag: scenario, "nu": nu, "mixer": None if nu == 0 else mixer, "seed": seed}
+        own = {flag: scenario, "nu": None if nu is None else f"{nu:g}", "seed": seed}
+        own |= {"mixer": None if nu == 0 else mixer}
         own |= {key.replace("_", "-"): value for key, value in flags.items()}
-        run = Run(script, tuple((k, v) for k, v in own.items() if v is not None))
+        run = Run(script, tuple((k, str(v)) for k, v in own.items() if v is not None))
         runs[run.name] = run
     return list(runs.values())
 
@@ -195,11 +196,15 @@ class Options:
     dry_run: bool = False  # print the commands, and stop
 
 
+def folders_of(runs, options):
+    """{run: its folder}, the runs with as many threads as a job has cores."""
+    runs = [Run(run.script, (*run.flags, ("threads", str(options.cores)))) for run in runs]
+    return {run: Path(options.out).resolve() / run.name for run in runs}
+
+
 def launch(runs, options):
     """Run what is not finished yet. Returns the exit code: 0 if all runs are finished."""
-    options = dataclasses.replace(options, out=Path(options.out).resolve())
-    runs = [Run(r.script, (*r.flags, ("threads", options.cores))) for r in runs]
-    folders = {run: options.out / run.name for run in runs}
+    folders = folders_of(runs, options)
     if options.dry_run:
         for run, folder in folders.items():
             done = (
@@ -208,17 +213,18 @@ def launch(runs, options):
             print(done, shlex.join(run.command(folder, checkpoint_of(folder))))
         return 0
     with contextlib.ExitStack() as stack:
-        return Launcher(runs, folders, options, stack).go()
+        return Launcher(folders, options, stack).go()
 
 
 class Launcher:
     """The runs that wait, those that are under way, and those that failed."""
 
-    def __init__(self, runs, folders, options, stack):
+    def __init__(self, folders, options, stack):
         self.folders, self.options = folders, options
-        self.waiting = [run for run in runs if not result_of(folders[run])]
+        self.submitit = Path(options.out).resolve() / "submitit"
+        self.waiting = [run for run, folder in folders.items() if not result_of(folder)]
         self.active, self.failed, self.stop = {}, {}, 0  # active: {run: submitit job, or None}
-        executor = submitit.AutoExecutor(options.out / "submitit", cluster=options.cluster)
+        executor = submitit.AutoExecutor(self.submitit, cluster=options.cluster)
         executor.update_parameters(timeout_min=int(60 * options.hours), name="maipg")
         if options.cluster == "slurm":
             slurm = {"slurm_cpus_per_task": options.cores, "slurm_signal_delay_s": 120}
@@ -231,14 +237,12 @@ class Launcher:
         if options.cluster == "slurm":
             self.slots = options.jobs or 1000  # Slurm has a queue of its own
         skipped, bar = (
-            len(runs) - len(self.waiting),
+            len(folders) - len(self.waiting),
             "{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}",
         )
-        print(
-            f"{len(runs)} runs, {skipped} finished before, up to {self.slots} at once", flush=True
-        )
+        print(f"{len(folders)} runs, {skipped} finished before, {self.slots} at once", flush=True)
         self.bar = stack.enter_context(
-            tqdm(total=len(runs), bar_format=bar + "<{remaining}]", disable=None)
+            tqdm(total=len(folders), bar_format=bar + "<{remaining}]", disable=None)
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             old = signal.signal(number, self.on_signal)
@@ -254,7 +258,7 @@ class Launcher:
             return None
         known = folder / "slurm_id"
         if self.options.cluster == "slurm" and known.exists():
-            job = submitit.SlurmJob(self.options.out / "submitit", known.read_text())
+            job = submitit.SlurmJob(self.submitit, known.read_text())
             if not job.done(force_check=True):
                 return job
         gpus = 0 if self.options.cluster == "slurm" else torch.cuda.device_count()
