@@ -115,6 +115,7 @@ class Args:
     backend_reason: str = field(init=False, default="")
 
 
+SCRIPT = Path(__file__).stem  # the name in run folders and checkpoints
 RESUMABLE = {"resume", "total_timesteps", "device", "threads", "checkpoint_every", "track"}
 EVALUABLE = {"evaluate", "eval_episodes", "num_envs", "seed", "device", "threads", "capture_video"}
 CHARTS = {"return": "charts/episodic_return", "length": "charts/episodic_length"}
@@ -1011,14 +1012,14 @@ def load_checkpoint(folder):
     path = Path(folder, "checkpoint.pt")
     try:
         checkpoint, names = torch.load(path, map_location="cpu", weights_only=True), asdict(Args())
-        foreign = not isinstance(checkpoint, dict) or checkpoint["script"] != "maipg_smac"
+        foreign = not isinstance(checkpoint, dict) or checkpoint["script"] != SCRIPT
         if not foreign and checkpoint["args"].keys() == names.keys():
             return checkpoint
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
     except Exception:  # torch.load raises many kinds
         pass
-    raise UsageError(f"{path} is damaged, or not a checkpoint of this version of maipg_smac.py")
+    raise UsageError(f"{path} is damaged, or not a checkpoint of this version of {SCRIPT}.py")
 
 
 class Log:
@@ -1095,6 +1096,11 @@ def new_folder(parent, name):
             return folder
 
 
+def run_name(args):
+    """What the run folder is called, before the time."""
+    return f"{args.backend}-{args.map_name}__{SCRIPT}__nu{args.nu:g}__{args.mixer}__s{args.seed}"
+
+
 @contextlib.contextmanager
 def saved_on(error, save):
     """Keep what has been learned when the games fail."""
@@ -1137,15 +1143,14 @@ def train(args, envs):
         if args.backend == "smax":  # games of StarCraft II cannot be stored: new ones begin
             now = {key: x.to(args.device) for key, x in saved["now"].items()}
     else:
-        name = f"{args.backend}-{args.map_name}__maipg_smac__nu{args.nu:g}__{args.mixer}"
-        folder = new_folder(args.runs_dir, f"{name}__s{args.seed}")
+        folder = new_folder(args.runs_dir, run_name(args))
     (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     print(f"run folder {folder}", flush=True)
 
     def save():
         parts = {name: part.state_dict() for name, part in stateful.items()}
         parts["rngs"] = {name: rng.get_state() for name, rng in rngs.items()}
-        parts |= {"script": "maipg_smac", "args": asdict(args), "now": now, "done": done}
+        parts |= {"script": SCRIPT, "args": asdict(args), "now": now, "done": done}
         with replacing(folder / "checkpoint.pt") as file:
             torch.save(parts, file)
 

@@ -36,11 +36,11 @@ TEN = list(range(1, 11))  # seeds; the paper has at least ten, and three to five
 # ---------------------------------------------------------------- scenarios, seeds, flags per scale
 SMAC = {
     "smoke": (["3m"], [1], {"backend": "smax", "total_timesteps": 160, "eval_every": 40}),
-    "cpu": (["3m", "2s3z"], [1, 2], {"backend": "smax", "total_timesteps": 300_000}),
+    "cpu": (["3m", "2s3z"], [1, 2], {"backend": "smax", "total_timesteps": 120_000}),
     "paper": (MAPS, TEN, {"total_timesteps": 10_000_000}),
 }
 SMAC["smoke"][2].update(eval_episodes=2, num_envs=2)
-SMAC["cpu"][2].update(eval_every=20_000)
+SMAC["cpu"][2].update(eval_every=10_000)
 ON_POLICY = {"smoke": {"rollout_steps": 20}, "cpu": {}, "paper": {}}
 ON_POLICY["smoke"] |= {"grad_variance_every": 1}
 OFF_POLICY = {"smoke": {"batch_episodes": 2}, "cpu": {}, "paper": {}}
