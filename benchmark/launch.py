@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import os
 import platform
 import shlex
@@ -178,7 +179,8 @@ class Job:
     def checkpoint(self):
         """submitit calls this before a preemption or the time limit: save, and queue again."""
         self.process.terminate()
-        self.process.wait()
+        # Not process.wait(): the signal came in the midst of it, and it would wait for itself.
+        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(Job(self.run, self.folder, self.device))
 
 
@@ -224,6 +226,7 @@ class Launcher:
         self.submitit = Path(options.out).resolve() / "submitit"
         self.waiting = [run for run, folder in folders.items() if not result_of(folder)]
         self.active, self.failed, self.stop = {}, {}, 0  # active: {run: submitit job, or None}
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # warns where Slurm keeps no accounts
         executor = submitit.AutoExecutor(self.submitit, cluster=options.cluster)
         executor.update_parameters(timeout_min=int(60 * options.hours), name="maipg")
         if options.cluster == "slurm":

@@ -284,7 +284,10 @@ def test_slurm_preemption_saves_and_queues_again(slurm, tmp_path):
     words = ("--cluster", "slurm", "--memory-gb", "1", "--hours", "1")
     launcher = start(out, *words, seeds=("1",), steps=40)
     wait_for(begun(out, 1))
-    query("scancel", "--signal=USR2", (run_folders(out)[0] / "slurm_id").read_text())
+    job = (run_folders(out)[0] / "slurm_id").read_text()
+    query("scancel", "--signal=USR2", job)
+    wait_for(lambda: "PENDING" in query("squeue", "-h", "-j", job, "-o", "%T"))
+    query("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes
     assert launcher.wait(timeout=200) == 0
     assert_whole(out, 1, steps=40)
     assert (run_folders(out)[0] / "log.txt").read_text().count("begins at") == 2
