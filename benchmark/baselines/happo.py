@@ -134,7 +134,7 @@ def arguments(script, env):
     @dataclass
     class Args(script.Args):
         baseline_of: str = field(init=False, default=env)  # recorded in args.json
-        nu: float = field(init=False, default=0.0)
+        nu: float = 0.0  # there is no q_tot to weigh
 
     return Args
 
@@ -160,6 +160,7 @@ def main(argv=None):
         return 2
     parts = {"Agent": Agent, "update": update, "run_name": run_name, "__doc__": __doc__}
     script = importlib.import_module(f"maipg_{env}")
+    parts["BOUNDS"] = script.BOUNDS | {"nu": (0, 0)}
     return run_variant(script.__name__, "happo", words, Args=arguments(script, env), **parts)
 
 

@@ -1,0 +1,374 @@
+"""HAPPO, QMIX and FACMAC against plain computations, and on games with a known answer."""
+
+import copy
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import maipg_smac as smac
+from benchmark.baselines import facmac, happo, qmix
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {"qmix": qmix, "facmac": facmac}
+
+
+def spaces(n, actions=3, obs=4, state=5):
+    return SimpleNamespace(num_agents=n, num_actions=actions, obs_dim=obs, state_dim=state)
+
+
+# ------------------------------------------------------------------------------------------- HAPPO
+def on_policy_batch(agent, n, chunks=6, steps=4, actions=3, seed=0):
+    """Chunks [L, B, ...] as maipg_smac.estimate makes them, with a dead agent in some."""
+    rng = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=rng)
+    obs, state = rand(steps, chunks, n, 4), rand(steps, chunks, 5)
+    avail = torch.ones(steps, chunks, n, actions, dtype=torch.bool)
+    avail[:, 0, 0, 1:] = False
+    keep, hidden = torch.ones(steps, chunks), rand(1, chunks, n, 8)
+    keep[-1, 1] = 0.0
+    with torch.no_grad():
+        log_pi = smac.masked_log_softmax(agent.policy(obs, hidden[0], keep)[0], avail)
+    taken = qmix.one_hot(smac.gumbel_max(log_pi, rng).argmax(-1), log_pi)
+    batch = {"obs": obs, "state": state, "avail": avail, "keep": keep, "actions": taken}
+    batch |= {"log_probs": (log_pi * taken).sum(-1), "advantages": rand(steps, chunks, n)}
+    batch |= {"alive": (avail.sum(-1) > 1).float(), "policy_hidden": hidden}
+    batch |= {"critic_hidden": rand(1, chunks, n, 8), "values": rand(steps, chunks, n)}
+    batch |= {"returns": rand(steps, chunks, n), "counted": torch.ones(steps, chunks, n)}
+    return batch | {"valid": torch.ones(steps, chunks)}
+
+
+def on_policy(make, n, **settings):
+    args = smac.Args(nu=0.0, hidden_dim=8, device="cpu", **settings)
+    torch.manual_seed(3)
+    agent = make(spaces(n), args)
+    parameters = {"policy": agent.policy.parameters(), "critic": agent.critic.parameters()}
+    optimizers = {k: torch.optim.Adam(p, 1e-2, eps=1e-5) for k, p in parameters.items()}
+    return args, agent, optimizers
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_happo_with_one_agent_is_ppo(minibatches):
+    weights = []
+    for make, update in ((smac.Agent, smac.update), (happo.Agent, happo.update)):
+        settings = {"update_epochs": 5, "num_minibatches": minibatches, "clip_eps": 0.05}
+        args, agent, optimizers = on_policy(make, 1, **settings)
+        batch = on_policy_batch(agent, 1)
+        # PPO draws an order per epoch for both networks, HAPPO for each of them: with several
+        # minibatches only the policy's orders can be made the same.
+        rngs = {"shuffle": torch.Generator().manual_seed(1), "gumbel": torch.Generator()}
+        if update is smac.update:
+            torch.randperm(1, generator=rngs["shuffle"])
+        before = [x.clone() for x in agent.policy.parameters()]
+        update(agent, optimizers, batch, torch.tensor(1.0), rngs, args)
+        trained = list(agent.policy.parameters())
+        assert any((a - b).abs().max() > 1e-3 for a, b in zip(before, trained))
+        weights.append(trained + (list(agent.critic.parameters()) if minibatches == 1 else []))
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_happo_weighs_with_the_ratios_of_the_agents_before(monkeypatch):
+    """M of each agent from plain probabilities: the actors before it, as they are after."""
+    n = 3
+    args, agent, optimizers = on_policy(happo.Agent, n, update_epochs=2)
+    batch, old, seen = on_policy_batch(agent, n), copy.deepcopy(agent.policy), []
+    genuine = happo.actor_loss
+
+    def spy(actor, part, i, weight, args):
+        seen.append((i, weight.clone()))
+        return genuine(actor, part, i, weight, args)
+
+    monkeypatch.setattr(happo, "actor_loss", spy)
+    rngs = {"shuffle": torch.Generator().manual_seed(5)}
+    happo.update(agent, optimizers, batch, None, rngs, args)
+
+    def probability(actors, i):
+        logits, _ = actors(batch["obs"], batch["policy_hidden"][0], batch["keep"])
+        weights = logits[:, :, i].exp() * batch["avail"][:, :, i]
+        return (weights * batch["actions"][:, :, i]).sum(-1) / weights.sum(-1)
+
+    order = list(dict.fromkeys(i for i, _ in seen))
+    assert sorted(order) == [0, 1, 2]
+    with torch.no_grad():
+        for i, weight in seen:
+            expected = torch.ones_like(weight)
+            for j in order[: order.index(i)]:
+                expected *= probability(agent.policy, j) / probability(old, j)
+            torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
+        last = [weight for i, weight in seen if i == order[-1]][0]
+        assert (last - 1).abs().max() > 0.01  # it is not one everywhere
+        assert (last[:, 0] - 1).abs().max() > 0  # a dead agent alone changes nothing
+
+
+def test_happo_leaves_the_other_actors_alone():
+    args, agent, optimizers = on_policy(happo.Agent, 2, update_epochs=2)
+    batch = on_policy_batch(agent, 2)
+    rngs, before = {"shuffle": torch.Generator()}, copy.deepcopy(agent.policy.each[1])
+    happo.update(agent, optimizers, batch, None, rngs, args)  # Adam has moments for both now
+    before = [x.clone() for x in agent.policy.each[1].parameters()]
+    loss = happo.actor_loss(agent.policy.each[0], batch, 0, torch.ones(4, 6), args)[0]
+    happo.step(optimizers["policy"], agent.policy.each[0], loss, "policy", args)
+    for a, b in zip(before, agent.policy.each[1].parameters()):
+        assert torch.equal(a, b)
+
+
+# -------------------------------------------------------------------------------- QMIX and FACMAC
+def off_policy(module, n=2, **settings):
+    args = module.Args(hidden_dim=8, mixer_dim=8, device="cpu", **settings)
+    torch.manual_seed(2)
+    agent = module.Agent(spaces(n), args)
+    with torch.no_grad():  # target networks that differ from the online ones
+        for name, x in agent.named_parameters():
+            if name.startswith("target"):
+                x.add_(0.3 * torch.randn_like(x))
+    optimizers = {
+        name: torch.optim.Adam(torch.nn.ModuleList(nets).parameters(), rate)
+        for name, (nets, rate) in agent.groups().items()
+    }
+    return args, agent, optimizers
+
+
+def played(args, lengths, truncated, n=2, seed=0):
+    """A Replay with one game's episodes of given lengths, each ending as `truncated` says."""
+    replay, rng = qmix.Replay(args), torch.Generator().manual_seed(seed)
+
+    def look():
+        avail = torch.rand(1, n, 3, generator=rng) < 0.6
+        avail[..., 0] = True
+        rand = lambda *shape: torch.randn(1, *shape, generator=rng)
+        return rand(n, 4), rand(5).unsqueeze(1).expand(-1, n, -1), avail
+
+    for length, cut in zip(lengths, truncated):
+        seen = look()
+        for t in range(length):
+            actions = (torch.rand(1, n, 3, generator=rng) * seen[2]).argmax(-1)
+            over, final = torch.tensor([t == length - 1]), look()
+            info = {"truncated": over & cut, "broken": torch.tensor([False]), "final": final}
+            replay.add(seen, actions, torch.randn(1, generator=rng), over, info)
+            seen = final
+    return replay
+
+
+def steps_by_hand(network, episode, dim):
+    """Output [T + 1, n, out] of a recurrent network, one step after the other."""
+    hidden, out = torch.zeros(1, episode["obs"].shape[1], dim), []
+    for t, obs in enumerate(episode["obs"]):
+        y, hiddens = network(obs[None, None], hidden, torch.full((1, 1), float(t > 0)))
+        hidden = hiddens[0]
+        out.append(y[0, 0])
+    return torch.stack(out)
+
+
+CUTS = list(itertools.product([False, True], repeat=2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", CUTS)
+def test_qmix_targets(cuts):
+    args, agent, _ = off_policy(qmix, num_envs=1, gamma=0.9)
+    replay = played(args, [3, 6], cuts)
+    batch = replay.sample(2)
+    utilities = qmix.whole_episodes(agent.policy, batch["obs"], 8)
+    targets = agent.targets(batch, utilities)
+    order = [0, 1] if batch["valid"][:, 0].sum() == 3 else [1, 0]
+    for column, k in enumerate(order):
+        episode = replay.episodes[k]
+        online = steps_by_hand(agent.policy, episode, 8)
+        target = steps_by_hand(agent.target_policy, episode, 8)
+        length = len(episode["reward"])
+        assert batch["valid"][:, column].sum() == length
+        for t in range(length):
+            y = episode["reward"][t]
+            if t < length - 1 or cuts[k]:  # a time limit is bootstrapped
+                actions = torch.zeros(2, 3)
+                for i in range(2):
+                    allowed = [a for a in range(3) if episode["avail"][t + 1, i, a]]
+                    best = max(allowed, key=lambda a, i=i: online[t + 1, i, a].item())
+                    actions[i, best] = 1.0
+                weights = agent.target_mixer.weights(episode["state"][t + 1])
+                y = y + 0.9 * agent.target_mixer(target[t + 1], actions, weights)
+            torch.testing.assert_close(targets[t, column], y, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", CUTS)
+def test_facmac_targets(cuts):
+    """TD(lambda) as the weighted sum of all n-step returns."""
+    args, agent, _ = off_policy(facmac, num_envs=1, gamma=0.9, td_lambda=0.7)
+    replay = played(args, [3, 6], cuts)
+    batch = replay.sample(2)
+    targets = agent.targets(batch)
+    order = [0, 1] if batch["valid"][:, 0].sum() == 3 else [1, 0]
+    for column, k in enumerate(order):
+        episode = replay.episodes[k]
+        logits = steps_by_hand(agent.target_policy, episode, 8)
+        length, values = len(episode["reward"]), []
+        for t in range(length + 1):
+            rows, weights = [], agent.target_mixer.weights(episode["state"][t])
+            for i in range(2):
+                allowed = [a for a in range(3) if episode["avail"][t, i, a]]
+                action = torch.zeros(3)
+                action[max(allowed, key=lambda a, i=i, t=t: logits[t, i, a].item())] = 1.0
+                rows.append(agent.target_utility.layers(torch.cat([episode["obs"][t, i], action])))
+            values.append(agent.target_mixer(torch.stack(rows), torch.ones(2, 1), weights).item())
+        if not cuts[k]:
+            values[-1] = 0.0
+        rewards = episode["reward"].tolist()
+        for t in range(length):
+            returns = []
+            for m in range(1, length - t + 1):
+                discounted = sum(0.9**j * rewards[t + j] for j in range(m))
+                returns.append(discounted + 0.9**m * values[t + m])
+            y = sum(0.3 * 0.7 ** (m - 1) * g for m, g in enumerate(returns[:-1], 1))
+            y += 0.7 ** (len(returns) - 1) * returns[-1]
+            assert targets[t, column].item() == pytest.approx(y, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_padding_changes_nothing(name):
+    """The loss of a padded batch is the mean over the steps that were played."""
+    args, agent, optimizers = off_policy(MODULES[name], num_envs=1)
+    replay = played(args, [2, 7], [False, True])
+    losses = []
+    for episodes in ([0], [1], [0, 1]):
+        one = qmix.Replay(args)
+        one.episodes.extend(replay.episodes[k] for k in episodes)
+        fresh, optimizer = copy.deepcopy(agent), {}
+        for key, (nets, _) in fresh.groups().items():
+            optimizer[key] = torch.optim.SGD(torch.nn.ModuleList(nets).parameters(), 0.0)
+        metrics = fresh.learn(one.sample(len(episodes)), optimizer, torch.Generator())
+        losses.append(metrics["losses/q"].item())
+    assert losses[2] == pytest.approx((2 * losses[0] + 7 * losses[1]) / 9, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_behaviour_explores_only_what_is_available(name):
+    _, agent, _ = off_policy(MODULES[name])
+    rng, avail = torch.Generator().manual_seed(0), torch.tensor([[True, False, True]] * 2)
+    out = torch.tensor([[0.0, 9.0, 2.0]] * 2).expand(20_000, 2, 3)
+    avail = avail.expand(20_000, 2, 3)
+    for epsilon in (0.0, 0.4, 1.0):
+        actions = agent.act(out, avail, epsilon, rng)
+        greedy = 1.0 if name == "qmix" else 1 / (1 + np.exp(-2.0))
+        expected = (1 - epsilon) * greedy + epsilon / 2
+        assert not (actions == 1).any()
+        assert (actions == 2).float().mean().item() == pytest.approx(expected, abs=0.01)
+
+
+def test_broken_episodes_are_dropped():
+    args, _, _ = off_policy(qmix, num_envs=1)
+    replay = played(args, [2], [False])
+    seen = torch.randn(1, 2, 4), torch.randn(1, 2, 5), torch.ones(1, 2, 3, dtype=torch.bool)
+    yes, no = torch.tensor([True]), torch.tensor([False])
+    info = {"truncated": no, "broken": yes, "final": seen}
+    replay.add(seen, torch.zeros(1, 2, dtype=torch.long), torch.ones(1), yes, info)
+    assert len(replay.episodes) == 1 and replay.begun == [[]]
+
+
+# ------------------------------------------------------------------------ games with a known answer
+MONOTONIC = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 6.0, 9.0]])
+NON_MONOTONIC = torch.tensor([[8.0, -12.0, -12.0], [-12.0, 0.0, 0.0], [-12.0, 0.0, 0.0]])
+
+
+def matrix_batch(payoff):
+    """All nine joint actions of a one-step game, once each."""
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    obs = torch.zeros(2, 9, 2, 4)
+    obs[:, :, 0, 0] = obs[:, :, 1, 1] = 1.0
+    end = torch.ones(1, 9, dtype=torch.bool)
+    batch = {"obs": obs, "state": torch.ones(2, 9, 5), "actions": pairs[None]}
+    batch |= {"avail": torch.ones(2, 9, 2, 3, dtype=torch.bool), "terminated": end, "done": end}
+    return batch | {"valid": end.float(), "reward": payoff[pairs[:, 0], pairs[:, 1]][None]}
+
+
+def learned(module, payoff, updates, **settings):
+    """(payoff of the greedy joint action, q_tot of all nine) after learning from all of them."""
+    _, agent, optimizers = off_policy(module, **settings)
+    batch, rng = matrix_batch(payoff), torch.Generator().manual_seed(0)
+    for _ in range(updates):
+        agent.learn(batch, optimizers, rng)
+    with torch.no_grad():
+        out = qmix.whole_episodes(agent.policy, batch["obs"], 8)[0, 0]
+        first, second = out.argmax(-1).tolist()
+        if module is qmix:
+            weights = agent.mixer.weights(batch["state"][0])
+            q = agent.mixer(out.expand(9, 2, 3), qmix.one_hot(batch["actions"][0], out), weights)
+            return payoff[first, second].item(), q.view(3, 3)
+    return payoff[first, second].item(), None
+
+
+def test_qmix_solves_a_monotonic_game():
+    value, q = learned(qmix, MONOTONIC, 500, learning_rate=0.02)
+    assert value == 9.0
+    torch.testing.assert_close(q, MONOTONIC, rtol=0.0, atol=0.3)
+
+
+def test_qmix_fails_on_the_non_monotonic_game():
+    """Its known limit (QTRAN's game): from uniform data it settles for 0 instead of 8."""
+    value, q = learned(qmix, NON_MONOTONIC, 500, learning_rate=0.02)
+    assert value == 0.0 and q[0, 0] < 0.0
+
+
+def test_facmac_solves_a_monotonic_game():
+    value, _ = learned(facmac, MONOTONIC, 500, learning_rate=0.01, critic_lr=0.01)
+    assert value == 9.0
+
+
+def test_happo_solves_a_game():
+    args, agent, optimizers = on_policy(happo.Agent, 2, update_epochs=5, ent_coef=0.001)
+    rng, rngs = torch.Generator().manual_seed(0), {"shuffle": torch.Generator().manual_seed(0)}
+    for _ in range(60):
+        batch = on_policy_batch(agent, 2, chunks=32, steps=1)
+        obs = torch.zeros(1, 32, 2, 4)
+        obs[:, :, 0, 0] = obs[:, :, 1, 1] = 1.0
+        batch |= {"obs": obs, "keep": torch.zeros(1, 32), "alive": torch.ones(1, 32, 2)}
+        batch["avail"] = torch.ones(1, 32, 2, 3, dtype=torch.bool)
+        with torch.no_grad():
+            log_pi = torch.log_softmax(
+                agent.policy(obs, batch["policy_hidden"][0], batch["keep"])[0], -1
+            )
+        actions = smac.gumbel_max(log_pi, rng).argmax(-1)
+        batch["actions"] = qmix.one_hot(actions, log_pi)
+        batch["log_probs"] = (log_pi * batch["actions"]).sum(-1)
+        reward = MONOTONIC[actions[..., 0], actions[..., 1]]
+        advantage = (reward - reward.mean()) / (reward.std() + 1e-5)
+        batch["advantages"] = advantage.unsqueeze(-1).expand(-1, -1, 2)
+        happo.update(agent, optimizers, batch, None, rngs, args)
+    assert log_pi[0, 0].argmax(-1).tolist() == [2, 2] and log_pi[0, 0].max(-1)[0].exp().min() > 0.9
+
+
+# ------------------------------------------------------------------------------------ command lines
+def call(name, *words, cwd):
+    command = [sys.executable, str(ROOT / f"benchmark/baselines/{name}.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.mark.parametrize("name", [*MODULES, "happo"])
+def test_bad_input(name, tmp_path):
+    words = {"qmix": ["--gamma", "2"], "facmac": ["--map-name", "nowhere"]}
+    answer = call(name, *words.get(name, ["--nu", "0.4"]), "--backend", "smax", cwd=tmp_path)
+    assert answer.returncode == 2 and answer.stderr.startswith("error: ")
+    assert answer.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_qmix_trains_stops_resumes_and_is_evaluated(tmp_path):
+    words = "--map-name 3m --backend smax --num-envs 2 --batch-episodes 2 --threads 1".split()
+    words += "--total-timesteps 200 --log-every 100 --eval-every 100 --eval-episodes 2".split()
+    answer = call("qmix", *words, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    folder = next((tmp_path / "runs").iterdir())
+    assert folder.name.startswith("smax-3m__qmix__s1__") and (folder / "result.json").exists()
+    answer = call("qmix", "--resume", str(folder), "--total-timesteps", "400", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    steps = [line.split(",")[0] for line in (folder / "progress.csv").read_text().splitlines()]
+    assert steps == ["global_step", "100", "200", "300", "400"]
+    answer = call("qmix", "--evaluate", str(folder), "--eval-episodes", "3", cwd=tmp_path)
+    assert answer.returncode == 0 and "3 greedy episodes" in answer.stdout
+    answer = call("facmac", "--resume", str(folder), cwd=tmp_path)  # another method's run
+    assert answer.returncode == 2 and "not a checkpoint" in answer.stderr
