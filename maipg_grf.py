@@ -354,7 +354,8 @@ class FootballEnvs:
                 raise GameError(f"worker {w} failed {self.failures[w]} times in a row: {answer}")
             print(f"worker {w} is replaced: {answer}", file=sys.stderr, flush=True)
             self._start(w)
-        self.failures[w] = self.failures[w] if broken else 0
+        if not broken and self.shared["done"][list(self.rows[w])].any():  # an episode to its end
+            self.failures[w] = 0
         return broken
 
     def _stop(self, w):

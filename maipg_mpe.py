@@ -337,15 +337,24 @@ def to_mpe2(action, continuous):
     return np.array([0, max(-x, 0), max(x, 0), max(-y, 0), max(y, 0)], dtype=np.float32)
 
 
+@contextlib.contextmanager
+def foreign_code(env_id):
+    """Whatever a user's environment raises is told in one line, a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        fault = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"--env-id {env_id}: {fault}") from None
+
+
 def open_pettingzoo(env_id):
     """A new environment `package.module:function`, a function of no arguments that returns a
     PettingZoo parallel environment; the function defaults to parallel_env. Raises UsageError."""
     module, _, function = env_id.partition(":")
-    try:
+    with foreign_code(env_id):
         return getattr(importlib.import_module(module), function or "parallel_env")()
-    except Exception as error:
-        fault = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"--env-id {env_id}: {fault}") from None
 
 
 def pettingzoo_spaces(env, args):
@@ -472,10 +481,11 @@ class PettingZooEnvs:
     def __init__(self, args, seed):
         self.args, self.seed, self.device = args, seed, torch.device(args.device)
         env = open_pettingzoo(args.env_id)
-        self.num_agents, width, self.num_actions = pettingzoo_spaces(env, args)
-        env.reset(seed=seed)
-        state = pettingzoo_state(env, np.zeros((self.num_agents, width), np.float32))
-        env.close()
+        with foreign_code(args.env_id):
+            self.num_agents, width, self.num_actions = pettingzoo_spaces(env, args)
+            env.reset(seed=seed)
+            state = pettingzoo_state(env, np.zeros((self.num_agents, width), np.float32))
+            env.close()
         self.obs_dim, self.state_dim = width + self.num_agents, len(state)
         count, n, actions = args.num_envs, self.num_agents, self.num_actions
         self.shared = {"actions": torch.zeros(count, n, actions)}
@@ -532,7 +542,8 @@ class PettingZooEnvs:
                 raise GameError(f"worker {w} failed {self.failures[w]} times in a row: {answer}")
             print(f"worker {w} is replaced: {answer}", file=sys.stderr, flush=True)
             self._start(w)
-        self.failures[w] = self.failures[w] if broken else 0
+        if not broken and self.shared["done"][list(self.rows[w])].any():  # an episode to its end
+            self.failures[w] = 0
         return broken
 
     def _stop(self, w):

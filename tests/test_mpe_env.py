@@ -238,6 +238,12 @@ class Text(Toy):
     def observation_space(self, agent):
         from gymnasium.spaces import Text
         return Text(5)
+class NoReset(Toy):
+    def reset(self, seed=None, options=None):
+        raise ValueError("cannot begin")
+class NoSpace(Toy):
+    def observation_space(self, agent):
+        raise NotImplementedError("has no space")
 def broken():
     raise RuntimeError("no such luck")
 """
@@ -409,6 +415,26 @@ def test_failures_in_a_row_stop_the_run(toy, monkeypatch):
             envs.step(stay(envs))
     finally:
         envs.close()
+
+
+def test_failures_in_every_episode_stop_the_run(toy, monkeypatch):
+    """A fault in the second step of every episode: no episode is ever whole."""
+    monkeypatch.setenv("TOY_FAULT", "raise")
+    envs = zoo("toy_env:Toy", 1, max_failures=2)
+    try:
+        envs.reset()
+        with pytest.raises(m.GameError, match="2 times in a row"):
+            for _ in range(4):
+                envs.step(stay(envs))
+    finally:
+        envs.close()
+
+
+@pytest.mark.parametrize("name, words", [("NoReset", "cannot begin"), ("NoSpace", "has no space")])
+def test_environments_that_fail_when_they_are_looked_at(name, words, toy, capsys):
+    assert m.main(f"--env-id toy_env:{name} --num-envs 1 --device cpu".split()) == 2
+    error = capsys.readouterr().err
+    assert f"toy_env:{name}" in error and words in error and error.count("\n") == 1
 
 
 def test_no_worker_outlives_a_killed_trainer(toy):
