@@ -34,7 +34,7 @@ from submitit.helpers import DelayedSubmission
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-SCENARIO_FLAG = {"maipg_mpe": "--scenario", "maipg_grf": "--scenario"}  # else --map-name
+HAVE_SCENARIOS = ("maipg_mpe", "maipg_grf")  # the other scripts have maps
 
 
 # ----------------------------------------------------------------------------------------- one run
@@ -71,7 +71,8 @@ class Run:
 
 def make_runs(script, scenarios, nus=(), mixers=(), seeds=(1,), **flags):
     """The grid as Runs. nu = 0 has no mixer, so that it is run once; no nus: the script's own."""
-    runs, flag = {}, SCENARIO_FLAG.get(Path(script).stem, "--map-name")[2:]
+    scenario_flag = Path(script).stem in HAVE_SCENARIOS or flags.get("env") == "grf"
+    runs, flag = {}, "scenario" if scenario_flag else "map-name"
     for scenario, nu, mixer, seed in itertools.product(
         scenarios, nus or [None], mixers or [None], seeds
     ):
