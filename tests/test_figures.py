@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmark import figures, plot, report
+from benchmark import figures, plot, report, throughput
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -113,9 +113,25 @@ def test_the_papers_grid_says_what_it_costs_and_waits(tmp_path, capsys):
     words = ["fig3", "--scale", "paper", "--runs", str(tmp_path)]
     assert figures.main(words) == 0
     text = capsys.readouterr().out
+    # ten maps: MAPPO and MAIPG with ten seeds, HAPPO and QMIX with five
     assert "300 runs x" in text and " h on 2 cores" in text and "--yes" in text
     assert not list(tmp_path.iterdir())
-    # ten maps: MAPPO and MAIPG ten seeds, HAPPO and QMIX five
+
+
+def test_throughput(tmp_path, capsys):
+    out = tmp_path / "new" / "t.csv"
+    assert (
+        throughput.main(
+            ["--only", "n5-nu0.2", "--updates", "3", "--threads", "1", "--out", str(out)]
+        )
+        == 0
+    )
+    (row,) = pd.read_csv(out).to_dict("records")
+    assert row["case"] == "mpe-spread-n5-nu0.2" and row["steps_per_second"] > 50
+    assert row["env"] + row["policy"] + row["update"] == pytest.approx(1.0, abs=0.01)
+    assert 100 < row["peak_mib"] < 10_000
+    assert throughput.main(["--only", "nothing", "--out", str(tmp_path / "x.csv")]) == 2
+    assert "error: " in capsys.readouterr().err and not (tmp_path / "x.csv").exists()
 
 
 @pytest.fixture(scope="module")
