@@ -106,6 +106,27 @@ def test_happo_weighs_with_the_ratios_of_the_agents_before(monkeypatch):
         assert (last[:, 0] - 1).abs().max() > 0  # a dead agent alone changes nothing
 
 
+@torch.no_grad()
+def test_happo_actor_loss():
+    """Minus M min(r A, clip(r) A) over live agents, minus the entropy bonus, summed one by one."""
+    args, agent, _ = on_policy(happo.Agent, 2, clip_eps=0.1, ent_coef=0.02)
+    batch = on_policy_batch(agent, 2)
+    batch["log_probs"] = batch["log_probs"] + 0.3 * torch.randn_like(batch["log_probs"])
+    weight = 0.5 + torch.rand(4, 6)
+    logits, _ = agent.policy(batch["obs"], batch["policy_hidden"][0], batch["keep"])
+    total, entropy, live = 0.0, 0.0, 0
+    for t, b in itertools.product(range(4), range(6)):
+        if batch["avail"][t, b, 0].sum() > 1:
+            p = torch.softmax(logits[t, b, 0], -1)
+            r = (p[batch["actions"][t, b, 0].argmax()] / batch["log_probs"][t, b, 0].exp()).item()
+            a = batch["advantages"][t, b, 0].item()
+            total += weight[t, b].item() * min(r * a, min(max(r, 0.9), 1.1) * a)
+            entropy -= (p * p.log()).sum().item()
+            live += 1
+    loss = happo.actor_loss(agent.policy.each[0], batch, 0, weight, args)[0].item()
+    assert loss == pytest.approx(-(total + 0.02 * entropy) / live, rel=1e-4)
+
+
 def test_happo_leaves_the_other_actors_alone():
     args, agent, optimizers = on_policy(happo.Agent, 2, update_epochs=2)
     batch = on_policy_batch(agent, 2)
