@@ -210,10 +210,9 @@ def launch(runs, options):
     folders = folders_of(runs, options)
     if options.dry_run:
         for run, folder in folders.items():
-            done = (
-                "done  " if result_of(folder) else "resume" if checkpoint_of(folder) else "new   "
-            )
-            print(done, shlex.join(run.command(folder, checkpoint_of(folder))))
+            saved = checkpoint_of(folder)
+            state = "done" if result_of(folder) else "resume" if saved else "new"
+            print(f"{state:6}", shlex.join(run.command(folder, saved)))
         return 0
     with contextlib.ExitStack() as stack:
         return Launcher(folders, options, stack).go()
@@ -240,10 +239,8 @@ class Launcher:
         self.slots = options.jobs or max(1, os.cpu_count() // options.cores)
         if options.cluster == "slurm":
             self.slots = options.jobs or 1000  # Slurm has a queue of its own
-        skipped, bar = (
-            len(folders) - len(self.waiting),
-            "{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}",
-        )
+        skipped = len(folders) - len(self.waiting)
+        bar = "{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}"
         print(f"{len(folders)} runs, {skipped} finished before, {self.slots} at once", flush=True)
         self.bar = stack.enter_context(
             tqdm(total=len(folders), bar_format=bar + "<{remaining}]", disable=None)
@@ -312,10 +309,13 @@ class Launcher:
     def interrupt(self):
         """Local jobs save and end; Slurm keeps its own."""
         if self.options.cluster == "slurm":
-            print(
-                "the jobs stay with Slurm (scancel ends them); the same command watches them again"
-            )
+            print("the jobs stay with Slurm (scancel ends them); the same command watches them")
             return 128 + self.stop
+        jobs = [job for job in self.active.values() if job and self.options.cluster == "local"]
+        for job in jobs:  # first, so that none starts a trainer now
+            job.cancel()
+        while not all(job.done() for job in jobs):
+            time.sleep(0.1)
         for run in self.active:
             with contextlib.suppress(OSError, ValueError):
                 if is_running(self.folders[run]):

@@ -166,6 +166,20 @@ def test_stop(number, tmp_path):
     assert_whole(out, 2, steps=60)
 
 
+def test_stop_before_a_trainer_has_begun(tmp_path):
+    """submitit's processes take a second or two to start: none may start a trainer later."""
+    out = tmp_path / "grid"
+    launcher = start(out, steps=60)
+    wait_for(lambda: len(list((out / "submitit").glob("*_submitted.pkl"))) == 2)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=60) == 128 + signal.SIGTERM
+    time.sleep(5)
+    assert not any(map(launch.is_running, run_folders(out)))
+    assert not any(launch.result_of(folder) for folder in run_folders(out))
+    assert finish(out, steps=60) == 0
+    assert_whole(out, 2, steps=60)
+
+
 # ------------------------------------------------------------------------------------------- Slurm
 def free_port():
     with socket.socket() as s:
