@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from scipy import stats
 
 RUN = "method scenario seed steps hours final area commit machine command".split()
@@ -194,12 +195,14 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
             else:
                 middle, spread = values.mean(0), values.std(0)
                 low, high = middle - spread, middle + spread
-            grid = grid / 1e6 if x == "global_step" else grid
             axis.plot(grid, middle, label=label[method], lw=1.6, **look)
             axis.fill_between(grid, low, high, color=look["color"], alpha=0.18, lw=0)
         axis.set_title(scenario, fontsize=9)
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        if x == "global_step":
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1M
         if metric == "win rate":
             axis.set_ylim(-0.03, 1.03)
         if metric.startswith("variance"):
@@ -208,7 +211,7 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
             axis.axhline(1.0, color="black", ls="--", lw=0.8)
         axes[row][0].set_ylabel(metric, fontsize=8)
     for axis in axes[-1]:
-        axis.set_xlabel("million environment steps" if x == "global_step" else x, fontsize=8)
+        axis.set_xlabel("environment steps" if x == "global_step" else x, fontsize=8)
     handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels())}
     columns = min(len(handles), max(2, 2 * len(scenarios)))
     figure.legend(handles.values(), handles, loc="lower center", ncols=columns, fontsize=8)
