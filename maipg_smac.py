@@ -9,46 +9,49 @@ The weight nu trades bias against variance; nu = 0 is MAPPO, number for number. 
       + ent_coef * mean[entropy]
 
 r: probability ratio of new to old policy. A: advantage (`gae`), normalised; sigma_A is the standard
-deviation divided out. q_tot: one utility Q_i per agent, mixed (QMIX by default), regressed on
-`td_lambda` targets. mu(s): a straight-through Gumbel-softmax sample of the policy, so that q_tot
-has a gradient in it. q_scale = 1 / (n sigma_A) brings q_tot to the unit of A (--q-scale advantage).
+deviation divided out. mu(s): pi's probabilities, the expectation of a sampled action, or with
+--mu gumbel a straight-through sample. There are two critics to take q_tot from:
+
+    --critic paper        one utility network Q_i per agent, mixed (QMIX or VDN), regressed on
+                          `td_lambda` targets; q_scale = 1 / (n sigma_A) for n live agents.
+    --critic compatible   Proposition 5: q_tot is linear in the policy's own features, fitted to A
+                          by least squares after each rollout; q_scale = 1 / n. No other network.
 
 Axes: T rollout steps, N games, n agents, A actions, O observation, S state, H hidden units; L steps
 in a chunk, B chunks in a minibatch. `global_step` counts environment steps: T * N for a rollout.
 
-    python maipg_smac.py --map-name 2s3z --nu 0.4             # train
-    python maipg_smac.py --resume RUN_DIR                     # go on where a run was stopped
-    python maipg_smac.py --evaluate RUN_DIR --capture-video   # greedy win rate, and a film
+    python maipg_smac.py --map-name 2s3z --nu 0.4          # train
+    python maipg_smac.py --resume RUN_DIR                  # go on where a run was stopped
+    python benchmark/evaluate.py RUN_DIR --capture-video   # greedy win rate, and a film
 """
 
+import collections
 import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import io
-import itertools
 import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields
+import zipfile
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
-from unittest import mock
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from scipy.stats import binomtest
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -58,491 +61,110 @@ TABLE_3 = [  # of the paper: (nu, update epochs, maps that are simple, hard, sup
     (0.4, 5, "2m_vs_1z 2s_vs_1sc 2s3z 3m 3s_vs_3z 3s_vs_4z 3s5z 8m 1c3s5z 10m_vs_11m MMM"),
     (0.3, 10, "2c_vs_64zg 3s_vs_5z 5m_vs_6m 8m_vs_9m 25m so_many_baneling bane_vs_bane"),
     (0.3, 15, "27m_vs_30m 3s5z_vs_3s6z 6h_vs_8z corridor MMM2"),
-    (0.3, 10, "smacv2_5_units smacv2_10_units smacv2_20_units"),  # SMAX only, not in the table
 ]
+OTHER_MAPS = (0.3, 10)  # of SMAX: smacv2_5_units and the like
 
 
 @dataclass
 class Args:
+    script: ClassVar[str] = Path(__file__).stem  # the name in run folders and checkpoints
+
     # --- what to run
-    map_name: str = "2s3z"  # SMAC map
+    map_name: str = "2s3z"  # SMAC map; the list is above
     backend: Literal["auto", "sc2", "smax"] = "auto"  # StarCraft II or SMAX; auto: sc2 if there
     seed: int = 1  # of weights, exploration and games
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
-    threads: int = 2  # CPU threads of torch
+    threads: int = 1  # CPU threads of torch; more pay on an idle machine with wide networks only
     total_timesteps: int = 10_000_000  # environment steps
     resume: str = ""  # run folder to go on with
-    evaluate: str = ""  # run folder whose policy is to be evaluated
-    check: bool = False  # test the backend's set-up step by step, and stop
-    capture_video: bool = False  # with --evaluate: a gif (SMAX) or a replay (StarCraft II)
     # --- MAIPG
-    nu: float | None = None  # weight of the deterministic gradient, 0 is MAPPO; None: Table 3
-    mixer: Literal["qmix", "vdn", "joint"] = "qmix"  # how q_tot is made of the utilities
+    nu: float | None = None  # weight of the second gradient, 0 is MAPPO; None: the paper's Table 3
+    critic: Literal["paper", "compatible"] = "paper"  # where the second gradient's q_tot is from
+    mu: Literal["expectation", "gumbel"] = "expectation"  # the action in q_tot: pi, or a sample
+    # --- MAIPG, --critic paper
+    mixer: Literal["qmix", "vdn"] = "qmix"  # how q_tot is made of the utilities
+    mixer_dim: int = 64  # units in the mixer and its hypernetworks
     q_scale: Literal["advantage", "raw"] = "advantage"  # unit of q_tot: 1 / (n sigma_A), or 1
     td_lambda: float = 0.8  # of the targets of q_tot
     target_tau: float = 0.05  # step of the target networks, once per epoch
     temperature: float = 1.0  # of the Gumbel-softmax
-    mixer_dim: int = 64  # units in the mixer and its hypernetworks
+    # --- MAIPG, --critic compatible
+    forgetting: float = 0.75  # weight of a rollout when the next one comes
+    ridge: float = 0.001  # of the least squares, per row
     # --- MAPPO
     num_envs: int = 8  # parallel games
     rollout_steps: int = 400  # steps per game between updates
-    update_epochs: int | None = None  # passes over each rollout; None: Table 3
+    update_epochs: int | None = None  # passes over each rollout; None: the paper's Table 3
+    critic_epochs: int | None = None  # the same for V, if it is to take more; None: update_epochs
     num_minibatches: int = 1  # minibatches per epoch
     chunk_length: int = 10  # steps that gradients go back through time
     hidden_dim: int = 64  # units per layer of policy, critic and utility
-    learning_rate: float = 5e-4  # Adam, policy
-    critic_lr: float = 5e-4  # Adam, critic
-    q_lr: float = 5e-4  # Adam, utility and mixer
-    adam_eps: float = 1e-5  # Adam's epsilon
+    learning_rate: float = 5e-4  # Adam, of all networks
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # of the advantages
     clip_eps: float = 0.2  # PPO clip, of policy and value
     ent_coef: float = 0.01  # entropy bonus
     max_grad_norm: float = 10.0  # per network
-    huber_delta: float = 10.0  # where the value losses turn linear
-    norm_beta: float = 0.99999  # memory of the value normalisers
-    bootstrap_time_limits: bool = False  # count the value of the state that a time limit cuts off
     # --- evaluation and output
     eval_every: int = 80_000  # environment steps between evaluations
     eval_episodes: int = 32  # greedy episodes per evaluation
     checkpoint_every: int = 25  # updates
-    grad_variance_every: int = 0  # updates between gradient variance estimates; 0: none
     runs_dir: str = "runs"  # where run folders are made
     track: bool = False  # log to Weights & Biases too
     # --- StarCraft II
-    game_timeout: float = 120.0  # seconds after which a silent game is replaced
-    max_failures: int = 5  # failures of one game in a row that stop the run
-    backend_reason: str = field(init=False, default="")
+    game_timeout: float = 120.0  # seconds after which a silent game has failed
+    max_failures: int = 5  # failures in a row that stop the run
 
 
-SCRIPT = Path(__file__).stem  # the name in run folders and checkpoints
-RESUMABLE = {"resume", "total_timesteps", "device", "threads", "checkpoint_every", "track"}
-EVALUABLE = {"evaluate", "eval_episodes", "num_envs", "seed", "device", "threads", "capture_video"}
-CHARTS = {"return": "charts/episodic_return", "length": "charts/episodic_length"}
-CHARTS["won"] = "charts/win_rate"
-SOMETIMES = ["eval/win_rate", "eval/win_rate_stderr", "eval/episodic_return", "variance/gradient"]
-FRACTIONS = ["nu", "td_lambda", "target_tau", "gamma", "gae_lambda", "clip_eps", "norm_beta"]
-BOUNDS = dict.fromkeys(FRACTIONS, (0, 1))
-BOUNDS |= {"seed": (0, 10**8), "threads": (1, 1024), "ent_coef": (0, math.inf)}
-BOUNDS |= {"grad_variance_every": (0, math.inf)}
+FRACTIONS = "nu td_lambda target_tau forgetting gamma gae_lambda clip_eps".split()
+MAY_BE_ZERO = FRACTIONS + ["seed", "ridge", "ent_coef"]
+EVALUATION = ["eval/win_rate", "eval/win_rate_stderr", "eval/episodic_return"]
 
 
 class UsageError(Exception):
     """Something that the user can mend: one line on stderr, exit code 2, nothing written."""
 
 
-class RunError(Exception):
-    """The run cannot go on (a loss is NaN): exit code 1."""
-
-
-class GameError(RunError):
-    """StarCraft II failed several times in a row: the run is saved and stops."""
+class GameError(Exception):
+    """StarCraft II crashed or hangs: the rollout is thrown away, and played again in new games."""
 
 
 def resolve(args):
     """Fill in backend, device and Table 3. Raises UsageError: what is wrong, and what is valid."""
-    args = copy.copy(args)
-    args.backend, args.backend_reason = choose_backend(args)
+    table = {name: row[:2] for row in TABLE_3 for name in row[2].split()}
+    missing = what_sc2_lacks(args.map_name)
+    if args.backend == "auto":
+        args.backend = "smax" if missing else "sc2"
+        print(f"backend {args.backend}: {missing or 'smac and StarCraft II are installed'}")
+    maps = import_smax().smax_env.MAP_NAME_TO_SCENARIO if args.backend == "smax" else table
+    if args.map_name not in maps:
+        raise UsageError(f"--map-name {args.map_name}: {args.backend} has {' '.join(maps)}")
+    if args.backend == "sc2" and missing:
+        raise UsageError(f"--backend sc2: {missing}; run benchmark/install_sc2.sh")
+    nu, epochs = table.get(args.map_name, OTHER_MAPS)
+    args.nu = nu if args.nu is None else args.nu
+    args.update_epochs = args.update_epochs or epochs
+    args.critic_epochs = args.critic_epochs or args.update_epochs
+
+    for name, value in asdict(args).items():
+        low, high = 0 if name in MAY_BE_ZERO else 1e-12, 1 if name in FRACTIONS else math.inf
+        if type(value) in (int, float) and not (low <= value <= high and value < math.inf):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
+    if args.rollout_steps % args.chunk_length:
+        raise UsageError("--chunk-length must divide --rollout-steps")
+    chunks = args.num_envs * args.rollout_steps // args.chunk_length
+    if chunks % args.num_minibatches:
+        raise UsageError(f"--num-minibatches must divide the {chunks} chunks of a rollout")
+    if args.track and not find_spec("wandb"):
+        raise UsageError("--track needs wandb: pip install wandb")
+
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    paper = {name: row for *row, names in TABLE_3 for name in names.split()}
-    maps = [name for name in paper if not name.startswith("smacv2")]
-    if args.backend == "smax":
-        maps = list(import_smax().smax_env.MAP_NAME_TO_SCENARIO)
-    if args.map_name not in maps:
-        known = " ".join(maps)
-        raise UsageError(f"--map-name {args.map_name}: the {args.backend} maps are {known}")
-    args.nu = paper[args.map_name][0] if args.nu is None else args.nu
-    if args.update_epochs is None:
-        args.update_epochs = paper[args.map_name][1]
-    for name, value in asdict(args).items():  # what BOUNDS does not name must be positive
-        low, high = BOUNDS.get(name, (1 if isinstance(value, int) else 1e-12, math.inf))
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not (low <= value <= high and math.isfinite(value)):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
-    chunks = args.num_envs * args.rollout_steps // args.chunk_length
-    rules = [
-        (args.norm_beta < 1, "norm-beta must be below 1"),
-        (args.rollout_steps % args.chunk_length == 0, "chunk-length must divide rollout-steps"),
-        (chunks % args.num_minibatches == 0, f"num-minibatches must divide the {chunks} chunks"),
-        (not args.grad_variance_every or args.num_envs > 1, "grad-variance-every needs 2 games"),
-        (not args.capture_video or args.evaluate, "capture-video goes with --evaluate RUN_DIR"),
-        (not args.track or find_spec("wandb"), "track needs wandb: pip install wandb"),
-        (not Path(args.runs_dir).is_file(), f"runs-dir {args.runs_dir} is a file"),
-    ]
-    for holds, message in rules:
-        if not holds:
-            raise UsageError("--" + message)
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     return args
-
-
-# ------------------------------------------------------------------------------------- environments
-# Both backends are a batch of N games behind one interface, tensors on the training device:
-#     obs, state, avail = envs.reset()              # [N, n, O], [N, n, S], bool [N, n, A]
-#     obs, state, avail, reward, done, info = envs.step(actions)     # auto-reset; reward, done [N]
-# info: `return`, `length`, `won` of the episodes that end (read them where done), `truncated` (by
-# the time limit), `broken` (the game crashed); `final`: the (obs, state, avail) before the reset.
-# obs ends with the agent's index, one-hot. A dead agent sees nothing else and has only its no-op.
-# state is the same for all agents: one row a game in memory, expanded over n.
-def import_smax():
-    """jaxmarl.environments.smax, without what jaxmarl prints when it is imported."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave GPU memory to torch
-    # Importing jaxmarl prints, and leaves sys.stdout changed: redirect_stdout puts it back.
-    with contextlib.redirect_stdout(sys.stdout), mock.patch("builtins.print"):
-        from jaxmarl.environments import smax
-    return smax
-
-
-@functools.lru_cache
-def smax_engine(map_name):
-    """(env, reset, step) of JaxMARL's HeuristicEnemySMAX, jitted over a batch of games."""
-    smax = import_smax()
-    import jax
-    import jax.numpy as jnp
-
-    rules = dict(see_enemy_actions=True, walls_cause_death=True, attack_mode="closest")
-    env = smax.HeuristicEnemySMAX(scenario=smax.map_name_to_scenario(map_name), **rules)
-    n = env.num_agents
-
-    def view(obs, game):  # one flat row, so that torch takes over one tensor a step, not a dozen
-        own = jnp.concatenate([jnp.stack([obs[name] for name in env.agents]), jnp.eye(n)], -1)
-        avail = jnp.stack(list(env.get_avail_actions(game).values()))
-        return jnp.concatenate([own.ravel(), obs["world_state"], avail.ravel()])
-
-    def reset_one(key):
-        obs, game = env.reset(key)  # strong types, or the second step would compile once more
-        game = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), game)
-        return game, jnp.zeros(2), view(obs, game)
-
-    def step_one(key, game, totals, actions):
-        key, step_key = jax.random.split(key)
-        act_key, reset_key = jax.random.split(step_key)  # as in JaxMARL's own auto-reset
-        obs, game, reward, done, _ = env.step_env(act_key, game, dict(zip(env.agents, actions)))
-        reward, done = reward[env.agents[0]], done["__all__"]  # shared by the agents
-        totals += jnp.stack([reward, 1.0])
-        allies, enemies = game.state.unit_alive[:n].any(), game.state.unit_alive[n:].any()
-        outcome = jnp.stack([reward, done, *totals, allies & ~enemies, done & allies & enemies])
-        return key, reset_key, done, (game, totals, view(obs, game)), outcome
-
-    @jax.jit
-    def step(keys, games, totals, actions):
-        keys, reset_keys, done, now, outcome = jax.vmap(step_one)(keys, games, totals, actions)
-        choose_one = lambda over, *pair: jax.tree.map(lambda *x: jnp.where(over, *x), *pair)
-        choose = jax.vmap(choose_one)
-        renew = lambda old: choose(done, jax.vmap(reset_one)(reset_keys), old)
-        # A reset costs as much as a step: only when some game is over.
-        games, totals, seen = jax.lax.cond(done.any(), renew, lambda old: old, now)
-        return (keys, games, totals), jnp.concatenate([outcome, seen, now[2]], -1)
-
-    @jax.jit
-    def reset(seeds):
-        keys = jax.vmap(lambda seed: jax.random.split(jax.random.PRNGKey(seed)))(seeds)
-        games, totals, seen = jax.vmap(reset_one)(keys[:, 1])
-        return (keys[:, 0], games, totals), seen
-
-    return env, reset, step
-
-
-class SMAXEnvs:
-    """N games of SMAX in one jitted call a step; JAX and torch share the tensors (DLPack)."""
-
-    def __init__(self, args, seed):
-        import jax
-
-        self.jax, (self.env, self._reset, self._step) = jax, smax_engine(args.map_name)
-        self.num_agents, self.num_actions = self.env.num_agents, self.env.num_ally_actions
-        self.obs_dim, self.state_dim = self.env.obs_size + self.num_agents, self.env.state_size
-        self.device, self.restarts, self.film = torch.device(args.device), 0, []
-        shared = self.device.type == "cuda" and jax.default_backend() == "gpu"
-        self.jax_device = jax.devices("gpu" if shared else "cpu")[0]
-        self.seeds = np.arange(args.num_envs, dtype=np.int32) * 1000 + seed
-
-    def _view(self, row):
-        """[N, n O + S + n A] -> obs, state, avail."""
-        n, obs = self.num_agents, self.num_agents * self.obs_dim
-        obs, state, avail = row.tensor_split([obs, obs + self.state_dim], -1)
-        state = state.unsqueeze(1).expand(-1, n, -1)
-        return obs.unflatten(-1, (n, -1)), state, avail.unflatten(-1, (n, -1)) > 0
-
-    def reset(self):
-        self.games, seen = self._reset(self.jax.device_put(self.seeds, self.jax_device))
-        return self._view(torch.from_dlpack(seen.block_until_ready()).to(self.device))
-
-    def step(self, actions):
-        actions = actions.int() if self.jax_device.platform == "gpu" else actions.int().cpu()
-        self.games, row = self._step(*self.games, self.jax.dlpack.from_dlpack(actions))
-        row = torch.from_dlpack(row.block_until_ready()).to(self.device)
-        reward, done, total, length, won, truncated = row[:, :6].unbind(-1)
-        seen, final = row[:, 6:].chunk(2, -1)
-        info = {"return": total, "length": length, "won": won > 0, "truncated": truncated > 0}
-        info |= {"broken": torch.zeros_like(won, dtype=torch.bool), "final": self._view(final)}
-        return *self._view(seen), reward, done > 0, info
-
-    def record(self, actions):
-        """Keep what JaxMARL's visualiser wants of game 0's next step: key, state, actions."""
-        keys, games, _ = self.games
-        moves = dict(zip(self.env.agents, actions[0].tolist()))
-        first = self.jax.tree.map(lambda x: x[0], games)
-        self.film.append((self.jax.random.split(keys[0])[1], first, moves))
-
-    def save_film(self, folder):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        matplotlib.rcParams["animation.writer"] = "pillow"
-        from jaxmarl.viz.visualizer import SMAXVisualizer
-
-        SMAXVisualizer(self.env, self.film).animate(save_fname=str(folder / "film.gif"), view=False)
-        return folder / "film.gif"
-
-    def state_dict(self):
-        return {
-            str(k): torch.from_numpy(np.array(x))
-            for k, x in enumerate(self.jax.tree.leaves(self.games))
-        }
-
-    def load_state_dict(self, state):
-        leaves = [self.jax.device_put(x.numpy(), self.jax_device) for x in state.values()]
-        self.games = self.jax.tree.unflatten(self.jax.tree.structure(self.games), leaves)
-
-    def close(self):
-        pass
-
-
-def play_sc2(pipe, map_name, seed, timeout, folder, replays):
-    """One game in a process of its own, which ends with its game on any fault and says why.
-
-    Sends (seen, final, outcome) when the game is up and after each step, seen and final being an
-    (obs, state, avail); receives actions, or "replay". It calls reset() once per episode: twice
-    would corrupt it, and before the first one has ended also shrink all rewards (max_reward grows).
-    """
-    os.setsid()  # a process group, so that worker and game can be killed together
-    tempfile.tempdir = folder
-
-    def end_with_parent():  # a trainer that is killed has no time to close its games
-        multiprocessing.parent_process().join()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)
-
-    def view():
-        obs, avail = np.stack(env.get_obs()), np.array(env.get_avail_actions(), dtype=bool)
-        return obs.astype(np.float32), env.get_state().astype(np.float32), avail
-
-    def begin():
-        env.reset()
-        if (seen := view())[2][:, 0].all():  # after a crash: the dead units of the last episode
-            raise RuntimeError("the game did not restart")
-        return seen, {"return": 0.0, "length": 0, "won": False, "truncated": False}
-
-    watcher = threading.Thread(target=end_with_parent, daemon=True)
-    watcher.start()
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
-    env = None
-    try:
-        from absl import flags
-        from smac.env import StarCraft2Env
-
-        flags.FLAGS.sc2_timeout = math.ceil(timeout)
-        # continuing_episode only adds info["episode_limit"], which tells a time-out from a defeat.
-        env = StarCraft2Env(map_name, seed=seed, continuing_episode=True, replay_dir=replays)
-        seen, outcome = begin()
-        pipe.send((seen, seen, outcome | {"reward": 0.0, "done": False}))
-        while True:
-            if (actions := pipe.recv()) == "replay":
-                env.save_replay()
-                pipe.send("saved")
-                continue
-            reward, done, info = env.step(actions)
-            if not info:  # smac's answer to a crash: (0, True, {})
-                raise RuntimeError("the game crashed")
-            outcome["return"] += float(reward)
-            outcome["length"] += 1
-            outcome["won"], outcome["truncated"] = info["battle_won"], "episode_limit" in info
-            sent, final = outcome | {"reward": float(reward), "done": done}, view()
-            seen, outcome = begin() if done else (final, outcome)
-            pipe.send((seen, final, sent))
-    except EOFError:
-        pass  # the trainer closed the pipe: the normal end
-    except BaseException as fault:
-        with contextlib.suppress(OSError):
-            pipe.send(" ".join(f"{type(fault).__name__}: {fault}".split()))
-    finally:
-        with contextlib.suppress(Exception):
-            env.close()
-        if not multiprocessing.parent_process().is_alive():
-            watcher.join()  # tidies up, then ends this process
-
-
-class SC2Envs:
-    """N games of StarCraft II through oxwhirl's smac, one spawned process each."""
-
-    def __init__(self, args, seed):
-        self.args, self.seed, self.device = args, seed, torch.device(args.device)
-        self.folder = tempfile.mkdtemp(prefix="maipg-")  # the games' own temporary files
-        self.replays = os.path.abspath(args.evaluate) if args.capture_video else ""
-        self.workers, self.pipes, self.restarts = {}, {}, 0
-        self.launches, self.failures = [0] * args.num_envs, [0] * args.num_envs
-        try:
-            for k in range(args.num_envs):
-                self._start(k)
-            self.first = [self._receive(k)[0] for k in range(args.num_envs)]
-        except BaseException:
-            self.close()
-            raise
-        obs, state, avail = self.first[0]
-        self.num_agents, self.num_actions = avail.shape
-        self.obs_dim, self.state_dim = obs.shape[1] + self.num_agents, len(state)
-
-    def _start(self, k):
-        """A new process for game k, with a seed of its own."""
-        context = multiprocessing.get_context("spawn")  # a forked worker would not end its game
-        self.pipes[k], theirs = context.Pipe()
-        seed = self.seed + 1000 * k + 100_003 * self.launches[k]
-        config = (self.args.map_name, seed, self.args.game_timeout, self.folder, self.replays)
-        self.workers[k] = context.Process(target=play_sc2, args=(theirs, *config), daemon=True)
-        self.workers[k].start()
-        theirs.close()
-        self.launches[k] += 1
-
-    def _answer(self, k):
-        """What worker k sends, or a string: what is wrong with it."""
-        try:
-            if self.pipes[k].poll(self.args.game_timeout):
-                return self.pipes[k].recv()
-            return f"no answer within {self.args.game_timeout:g} s"
-        except (EOFError, OSError):
-            return "its process ended"
-
-    def _receive(self, k):
-        """Game k's (seen, final, outcome). A game that crashed or hangs is replaced."""
-        broken = False
-        while isinstance(answer := self._answer(k), str):
-            broken, self.restarts, self.failures[k] = True, self.restarts + 1, self.failures[k] + 1
-            self._stop(k)
-            if self.failures[k] >= self.args.max_failures:
-                raise GameError(f"game {k} failed {self.failures[k]} times in a row: {answer}")
-            print(f"game {k} is replaced: {answer}", file=sys.stderr, flush=True)
-            self._start(k)
-        outcome = answer[2]
-        self.failures[k] = 0 if outcome["done"] else self.failures[k]
-        outcome |= {"broken": broken, "done": outcome["done"] or broken}
-        return answer
-
-    def _stop(self, k, patience=0.0):
-        """End worker k and its game; with patience, let it close the game by itself first."""
-        self.pipes[k].close()
-        self.workers[k].join(patience)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.workers[k].pid, signal.SIGKILL)
-        self.workers[k].kill()
-        self.workers[k].join()
-
-    def _view(self, seen):
-        """(obs, state, avail) of each game -> tensors, the agents' indices appended to obs."""
-        obs, state, avail = (torch.as_tensor(np.stack(x)).to(self.device) for x in zip(*seen))
-        n = self.num_agents
-        index = torch.eye(n, device=self.device).expand(len(obs), n, n)
-        return torch.cat([obs, index], -1), state.unsqueeze(1).expand(-1, n, -1), avail
-
-    def reset(self):
-        """The first observations. To be called once: every game begins its episodes by itself."""
-        return self._view(self.first)
-
-    def step(self, actions):
-        for k, row in enumerate(actions.tolist()):
-            with contextlib.suppress(OSError):  # a worker that is gone shows in _receive
-                self.pipes[k].send(row)
-        seen, final, rows = zip(*[self._receive(k) for k in range(self.args.num_envs)])
-        info = {key: torch.tensor([x[key] for x in rows], device=self.device) for key in rows[0]}
-        reward, done = info.pop("reward"), info.pop("done")
-        return *self._view(seen), reward, done, info | {"final": self._view(final)}
-
-    def record(self, actions):
-        """A replay holds every action anyway."""
-
-    def save_film(self, folder):
-        """The replay of game 0, written by StarCraft II into the run's folder."""
-        self.pipes[0].send("replay")
-        if (answer := self._answer(0)) != "saved":
-            raise GameError(f"no replay: {answer}")
-        return folder
-
-    def state_dict(self):
-        """A game of StarCraft II cannot be stored: resumed runs begin new episodes."""
-        return {"restarts": self.restarts}
-
-    def load_state_dict(self, state):
-        self.restarts += state["restarts"]
-
-    def close(self):
-        """End all games and their processes; nothing outlives this call."""
-        for pipe in self.pipes.values():
-            pipe.close()
-        deadline = time.monotonic() + 10
-        for k in self.workers:
-            self._stop(k, patience=max(0.0, deadline - time.monotonic()))
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def sc2_setup(map_name):
-    """[(what StarCraft II needs, whether it is there, how to mend it)], first things first."""
-    mend, spec = "run benchmark/install_sc2.sh", find_spec("smac")
-    genuine = spec and any(Path(p, "env").is_dir() for p in spec.submodule_search_locations or [])
-    home = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
-    game, game_map = "Versions/Base*/SC2_x64", home / f"Maps/SMAC_Maps/{map_name}.SC2Map"
-    return [
-        ("smac", spec, f"oxwhirl's smac (PyPI's smac is another project) is missing: {mend}"),
-        ("right smac", genuine, f"`smac` is AutoML's namesake: pip uninstall smac, then {mend}"),
-        ("SC2PATH", home.is_dir(), f"no StarCraft II in {home}: set SC2PATH, or {mend}"),
-        ("game", any(home.glob(game)), f"no {game} in {home}: {mend}"),
-        ("map", game_map.is_file(), f"{game_map} is missing: {mend}"),
-    ]
-
-
-def choose_backend(args):
-    """(backend, why). Raises UsageError if the one asked for cannot be had."""
-    missing = [mend for _, there, mend in sc2_setup(args.map_name) if not there]
-    known = args.map_name in " ".join(names for *_, names in TABLE_3[:3]).split()
-    if args.backend == "sc2" and missing and known and not args.check:  # unknown: `resolve` says so
-        raise UsageError(f"--backend sc2: {missing[0]}")
-    backend = args.backend
-    if backend == "auto":  # --check is about StarCraft II
-        backend = "smax" if missing and not args.check else "sc2"
-    if backend == "smax" and not find_spec("jaxmarl"):
-        raise UsageError("SMAX needs jaxmarl: pip install -r requirements.txt")
-    found = f"no StarCraft II: {missing[0]}" if missing else "smac and StarCraft II are installed"
-    return backend, found if args.backend == "auto" else "as asked for"
-
-
-def make_envs(args, seed=None):
-    """The games of resolved args; seed None: those of the training, whose backend is announced."""
-    if seed is None:
-        print(f"backend {args.backend} ({args.backend_reason}), device {args.device}", flush=True)
-    envs = SC2Envs if args.backend == "sc2" else SMAXEnvs
-    return envs(args, args.seed if seed is None else seed)
-
-
-def check(args):
-    """--check: test the set-up step by step, and say the one thing to mend. The exit code."""
-    for what, there, mend in sc2_setup(args.map_name) if args.backend == "sc2" else []:
-        print(f"ok      {what}" if there else f"MISSING {what}: {mend}")
-        if not there:
-            return 1
-    args.num_envs = args.max_failures = 1
-    try:
-        with contextlib.closing(make_envs(args)) as envs:
-            _, _, avail = envs.reset()
-            for _ in range(5):
-                _, _, avail, *_ = envs.step(avail.float().argmax(-1))
-    except GameError as error:
-        print(f"FAILED  {error}")
-        return 1
-    print(f"ok      five steps of {args.map_name}")
-    return 0
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -562,15 +184,20 @@ class Recurrent(nn.Module):
     def __init__(self, obs_dim, dim, out_dim, out_gain, state_dim=0):
         super().__init__()
         gain = math.sqrt(1 if state_dim else 2)  # the sum of two halves has the scale of one layer
-        first = lambda width: [nn.LayerNorm(width), orthogonal(nn.Linear(width, dim), gain)]
-        self.obs_in = nn.Sequential(*first(obs_dim))
-        self.state_in = nn.Sequential(*first(state_dim)) if state_dim else None
+        self.obs_in = nn.Sequential(
+            nn.LayerNorm(obs_dim), orthogonal(nn.Linear(obs_dim, dim), gain)
+        )
+        if state_dim:
+            self.state_in = nn.Sequential(
+                nn.LayerNorm(state_dim), orthogonal(nn.Linear(state_dim, dim), gain)
+            )
         second = orthogonal(nn.Linear(dim, dim), math.sqrt(2))
         self.body = nn.Sequential(
             nn.ReLU(), nn.LayerNorm(dim), second, nn.ReLU(), nn.LayerNorm(dim)
         )
         self.gru = orthogonal(nn.GRUCell(dim, dim), 1.0)
-        self.head = nn.Sequential(nn.LayerNorm(dim), orthogonal(nn.Linear(dim, out_dim), out_gain))
+        self.norm = nn.LayerNorm(dim)
+        self.head = orthogonal(nn.Linear(dim, out_dim), out_gain)
 
     def forward(self, obs, hidden, keep, state=None):
         """obs [L, B, n, O], hidden [B, n, H], keep [L, B] (0: an episode begins), state [L, B, S]
@@ -583,71 +210,114 @@ class Recurrent(nn.Module):
             hidden = self.gru(x_t, hidden * keep_t.unsqueeze(-1))
             hiddens.append(hidden)
         hiddens = torch.stack(hiddens).view_as(x)
-        return self.head(hiddens), hiddens
+        return self.head(self.norm(hiddens)), hiddens
 
 
 class Mixer(nn.Module):
-    """q_tot from the utilities of the chosen actions: QMIX, VDN, or Q(s, a_1 ... a_n) unfactorised.
+    """q_tot from the utilities of the chosen actions: QMIX or VDN, with a state value in both.
 
     QMIX is monotonic, dq_tot/dQ_i >= 0: each agent's best action is part of the team's best one.
     """
 
-    def __init__(self, kind, num_agents, num_actions, state_dim, dim):
+    def __init__(self, kind, num_agents, state_dim, dim):
         super().__init__()
-        hyper = lambda out: nn.Sequential(nn.Linear(state_dim, dim), nn.ReLU(), nn.Linear(dim, out))
-        self.kind, self.dim, self.norm, self.value = kind, dim, nn.LayerNorm(state_dim), hyper(1)
+        self.kind, self.dim, self.norm = kind, dim, nn.LayerNorm(state_dim)
+        self.value = self.hypernetwork(state_dim, 1)
         if kind == "qmix":
-            self.w_1, self.b_1 = hyper(num_agents * dim), nn.Linear(state_dim, dim)
-            self.w_2 = hyper(dim)
-        elif kind == "joint":
-            self.state_in = nn.Linear(state_dim, dim)
-            self.joint_in = nn.Linear(num_agents * (num_actions + 1), dim)
-            self.out = nn.Sequential(nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
+            self.w_1 = self.hypernetwork(state_dim, num_agents * dim)
+            self.b_1 = nn.Linear(state_dim, dim)
+            self.w_2 = self.hypernetwork(state_dim, dim)
+
+    def hypernetwork(self, state_dim, out_dim):
+        return nn.Sequential(
+            nn.Linear(state_dim, self.dim), nn.ReLU(), nn.Linear(self.dim, out_dim)
+        )
 
     def weights(self, state):
         """What depends on the state [..., S] alone: made once, used for several joint actions."""
         s = self.norm(state)
-        weights = [self.value(s).squeeze(-1)]
-        if self.kind == "qmix":  # absolute weights make it monotonic
-            w_1 = self.w_1(s).abs().unflatten(-1, (-1, self.dim))
-            weights += [w_1, self.b_1(s), self.w_2(s).abs()]
-        return weights + ([self.state_in(s)] if self.kind == "joint" else [])
+        if self.kind == "vdn":
+            return [self.value(s).squeeze(-1)]
+        w_1 = self.w_1(s).abs().unflatten(-1, (-1, self.dim))  # absolute: q_tot is monotonic
+        return [self.value(s).squeeze(-1), w_1, self.b_1(s), self.w_2(s).abs()]
 
     def forward(self, utilities, actions, weights):
-        """Utilities and one-hot (or straight-through) actions, [..., n, A] -> q_tot [...]."""
+        """Utilities and one-hot actions (or probabilities), [..., n, A] -> q_tot [...]."""
         chosen = (utilities * actions).sum(-1)
         if self.kind == "vdn":
             return chosen.sum(-1) + weights[0]
-        if self.kind == "joint":
-            joint = torch.cat([actions.flatten(-2), chosen], -1)
-            return self.out(self.joint_in(joint) + weights[1]).squeeze(-1) + weights[0]
         value, w_1, b_1, w_2 = weights
-        return (F.elu((chosen.unsqueeze(-2) @ w_1).squeeze(-2) + b_1) * w_2).sum(-1) + value
+        hidden = F.elu((chosen.unsqueeze(-2) @ w_1).squeeze(-2) + b_1)
+        return (hidden * w_2).sum(-1) + value
+
+
+class FactorisedCritic(nn.Module):
+    """--critic paper: q_tot(s, a) = mixer(Q_1(s, a_1), ..., Q_n(s, a_n)), Algorithm 1."""
+
+    def __init__(self, envs, args):
+        super().__init__()
+        shape = (envs.obs_dim, args.hidden_dim, envs.num_actions)
+        # The small last gain: a utility starts indifferent between actions.
+        self.utility = Recurrent(*shape, 0.01, envs.state_dim)
+        self.mixer = Mixer(args.mixer, envs.num_agents, envs.state_dim, args.mixer_dim)
+
+
+class CompatibleCritic(nn.Module):
+    """--critic compatible: q_tot(s, a) = w . x(s, a), with x the gradient of log pi by its head.
+
+    With h_i the policy's last features, x = sum_i h_i (x) (onehot(a_i) - pi_i): by Proposition 5,
+    the w that minimises E[(A - w . x)^2] gives the true policy gradient. Older rollouts fade:
+
+        G <- rho G + x^T x,   b <- rho b + x^T A,   w = (G + ridge * rows * I)^-1 b
+    """
+
+    def __init__(self, num_features, num_actions, forgetting, ridge):
+        super().__init__()
+        self.forgetting, self.ridge = forgetting, ridge
+        size = num_features * num_actions
+        self.register_buffer("gram", torch.zeros(size, size))
+        self.register_buffer("moment", torch.zeros(size))
+        self.register_buffer("rows", torch.zeros(()))
+        self.register_buffer("weights", torch.zeros(num_features, num_actions))
+
+    def fit(self, features, scores, advantages):
+        """features h [T, N, n, F], scores onehot(a) - pi [T, N, n, A], advantages [T, N]."""
+        x = (features.transpose(-1, -2) @ scores).flatten(2).flatten(0, 1)
+        self.gram.mul_(self.forgetting).addmm_(x.T, x)
+        self.moment.mul_(self.forgetting).add_(x.T @ advantages.flatten())
+        self.rows.mul_(self.forgetting).add_(len(x))
+        gram = self.gram.double()
+        gram.diagonal().add_(self.ridge * self.rows)
+        solution = torch.linalg.solve(gram, self.moment.double())
+        self.weights.copy_(solution.view_as(self.weights))
+
+    def forward(self, features):
+        """Utilities u_i(s, .) [..., n, A] of features [..., n, F]."""
+        return features @ self.weights
 
 
 class ValueNorm(nn.Module):
     """Running, debiased mean and variance of a value network's targets (MAPPO's ValueNorm)."""
 
-    def __init__(self, beta):
+    def __init__(self, beta=0.99999):
         super().__init__()
         self.beta = beta
         self.register_buffer("moments", torch.zeros(3))  # of x, x^2 and 1: the last one debiases
 
-    def update(self, x, mask):
-        new = torch.stack([masked_mean(x, mask), masked_mean(x * x, mask), mask.new_ones(())])
+    def update(self, x):
+        new = torch.stack([x.mean(), (x * x).mean(), x.new_ones(())])
         self.moments.lerp_(new, 1 - self.beta)
 
-    def scale(self):
-        """(mean, std), 0 and 0.1 before the first update."""
+    def mean_and_std(self):
         mean, square = self.moments[:2] / self.moments[2].clamp(min=1e-5)
         return mean, (square - mean * mean).clamp(min=0.01).sqrt()
 
     def normalize(self, x):
-        mean, std = self.scale()
+        mean, std = self.mean_and_std()
         return (x - mean) / std
 
     def denormalize(self, x):
-        mean, std = self.scale()
+        mean, std = self.mean_and_std()
         return x * std + mean
 
 
@@ -656,15 +326,18 @@ class Agent(nn.Module):
 
     def __init__(self, envs, args):
         super().__init__()
-        n, num_actions, dim = envs.num_agents, envs.num_actions, args.hidden_dim
-        self.policy = Recurrent(envs.obs_dim, dim, num_actions, 0.01)
+        dim = args.hidden_dim
+        self.policy = Recurrent(envs.obs_dim, dim, envs.num_actions, 0.01)
         self.critic = Recurrent(envs.obs_dim, dim, 1, 1.0, envs.state_dim)
-        self.value_norm = ValueNorm(args.norm_beta)
-        if args.nu > 0:  # the small last gain: a utility starts indifferent between actions
-            self.utility = Recurrent(envs.obs_dim, dim, num_actions, 0.01, envs.state_dim)
-            self.mixer = Mixer(args.mixer, n, num_actions, envs.state_dim, args.mixer_dim)
-            self.target_utility, self.target_mixer = copy.deepcopy((self.utility, self.mixer))
-            self.q_norm = ValueNorm(args.norm_beta)
+        self.value_norm = ValueNorm()
+        self.second = args.critic if args.nu > 0 else "none"  # what the second gradient is from
+        if self.second == "paper":
+            self.q = FactorisedCritic(envs, args)
+            self.target_q = copy.deepcopy(self.q)
+            self.q_norm = ValueNorm()
+        if self.second == "compatible":
+            shape = (dim + 1, envs.num_actions)
+            self.compatible = CompatibleCritic(*shape, args.forgetting, args.ridge)
 
 
 # --------------------------------------------------------------------------- estimators and losses
@@ -672,13 +345,13 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def masked_var(x, mask):
-    return masked_mean((x - masked_mean(x, mask)) ** 2, mask).clamp(min=1e-12)
-
-
 def masked_log_softmax(logits, avail):
     """log pi [..., A]; as in MAPPO, an action that is not available has the logit -1e10."""
     return torch.log_softmax(logits.masked_fill(~avail, -1e10), -1)
+
+
+def one_hot_argmax(x):
+    return F.one_hot(x.argmax(-1), x.shape[-1]).float()
 
 
 def gumbel_max(log_pi, rng):
@@ -694,24 +367,26 @@ def backward_sum(delta, decay):
     return out
 
 
-def gae(rewards, values, next_values, terminated, done, gamma, lam):
+def gae(rewards, values, done, gamma, lam):
     """Generalised advantage estimation: A-hat of Eq. (10).
 
-    rewards, terminated, done [T, N]; values, next_values [T, N, n] in units of the reward. Ends cut
-    the sum (`done`) and, unless they are a time limit to bootstrap, the next value (`terminated`).
+    rewards, done [T, N]; values [T + 1, N, n] in units of the reward. The end of an episode cuts
+    the sum, also at the time limit, as in MAPPO.
     """
-    delta = rewards.unsqueeze(-1) + gamma * next_values * ~terminated.unsqueeze(-1) - values
-    return backward_sum(delta, gamma * lam * ~done.unsqueeze(-1))
+    keep = (~done).float().unsqueeze(-1)
+    delta = rewards.unsqueeze(-1) + gamma * keep * values[1:] - values[:-1]
+    return backward_sum(delta, gamma * lam * keep)
 
 
-def td_lambda(rewards, next_q, terminated, done, gamma, lam):
+def td_lambda(rewards, next_q, done, gamma, lam):
     """TD(lambda) targets of q_tot, all [T, N]; next_q_t = target_q_tot(s_{t+1}, mu(s_{t+1})).
 
-    G_t = r_t + gamma ((1 - lambda) next_q_t + lambda G_{t+1}); r_t + gamma next_q_t where cut off.
+    G_t = r_t + gamma ((1 - lambda) next_q_t + lambda G_{t+1}); r_t at the end of an episode.
     """
-    trace = lam * ~done
+    keep = (~done).float()
+    trace = torch.full_like(keep, lam)
     trace[-1] = 0.0  # nothing to sum up after the rollout's last step
-    return backward_sum(rewards + gamma * (1 - trace) * next_q * ~terminated, gamma * trace)
+    return backward_sum(rewards + gamma * keep * (1 - trace) * next_q, gamma * keep * trace)
 
 
 def stochastic_pg_loss(log_ratio, advantages, alive, clip_eps):
@@ -727,13 +402,12 @@ def gumbel_softmax(log_pi, temperature, rng):
     return F.one_hot(soft.argmax(-1), soft.shape[-1]) - soft.detach() + soft
 
 
-def deterministic_pg_loss(mu, utilities, mixer, weights, valid, q_scale):
-    """Second term of Eq. (10): minus the mean over steps of q_tot(s, mu(s)) * q_scale.
+def deterministic_pg_loss(q_tot, q_scale):
+    """Second term of Eq. (10): minus the mean over steps of q_tot(s, mu(s)) [L, B], in A's unit.
 
-    mu, utilities [L, B, n, A], valid [L, B]. Utilities and weights come detached, and the caller
-    differentiates with respect to the policy alone: only mu carries a gradient.
+    Only mu carries a gradient: q_tot is made of detached utilities and weights.
     """
-    return -masked_mean(mixer(utilities, mu, weights), valid) * q_scale
+    return -q_tot.mean() * q_scale
 
 
 def interpolate(stochastic, deterministic, nu):
@@ -741,320 +415,470 @@ def interpolate(stochastic, deterministic, nu):
     return (1 - nu) * stochastic + nu * deterministic
 
 
-def value_loss(values, targets, mask, delta, old_values=None, clip_eps=None):
+def value_loss(values, targets, old_values=None, clip_eps=None):
     """Huber loss in normalised units; given old values, clipped around them as in MAPPO."""
-    loss = F.huber_loss(values, targets, reduction="none", delta=delta)
+    loss = F.huber_loss(values, targets, reduction="none", delta=10.0)
     if old_values is not None:
         clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
-        loss = torch.max(loss, F.huber_loss(clipped, targets, reduction="none", delta=delta))
-    return masked_mean(loss, mask)
+        loss = torch.max(loss, F.huber_loss(clipped, targets, reduction="none", delta=10.0))
+    return loss.mean()
 
 
 # ------------------------------------------------------------------------------ rollout and targets
+def make_buffer(envs, args):
+    """A rollout's storage. Row T holds the state after the last step, for the bootstrap."""
+    zeros = functools.partial(torch.zeros, device=args.device)
+    T, N, n, A = args.rollout_steps, args.num_envs, envs.num_agents, envs.num_actions
+    return {
+        "obs": zeros(T + 1, N, n, envs.obs_dim),
+        "state": zeros(T + 1, N, envs.state_dim),
+        "avail": zeros(T + 1, N, n, A, dtype=torch.bool),
+        "keep": zeros(T + 1, N),  # 0 where an episode begins
+        "policy_hidden": zeros(T + 1, N, n, args.hidden_dim),  # before the step
+        "log_pi": zeros(T + 1, N, n, A),
+        "actions": zeros(T, N, n, A),  # one-hot
+        "reward": zeros(T, N),
+        "done": zeros(T, N, dtype=torch.bool),  # by victory, defeat or time limit
+        "won": zeros(T, N, dtype=torch.bool),
+        "return": zeros(T, N),  # of the episode so far
+    }
+
+
+def begin(envs, args):
+    """What outlives a rollout: what is seen now, and the hidden state of each network."""
+    obs, state, avail = envs.reset()
+    zeros = obs.new_zeros(args.num_envs)
+    now = {"obs": obs, "state": state, "avail": avail, "keep": zeros, "return": zeros}
+    for name in ["policy", "critic", "utility", "target"]:
+        now[f"{name}_hidden"] = obs.new_zeros(*obs.shape[:2], args.hidden_dim)
+    return now
+
+
 @torch.no_grad()
 def rollout(policy, envs, buffer, now, rng, args):
-    """Play T steps of the stochastic policy into the buffer; returns the seconds in the games.
-
-    `now`, updated here, is what outlives a rollout: obs [N, n, O], state [N, S], avail [N, n, A],
-    keep [N] (0 where an episode begins), and the hidden state [N, n, H] of each network.
-    """
-    seconds, hidden = 0.0, now["policy_hidden"]
+    """Play T steps of the stochastic policy into the buffer; `now` is updated."""
     for t in range(args.rollout_steps + 1):
-        logits, hiddens = policy(now["obs"][None], hidden, now["keep"][None])
-        row = {key: now[key] for key in ("obs", "state", "avail", "keep")}
-        row["log_pi"] = masked_log_softmax(logits[0], now["avail"])
-        if t < args.rollout_steps:  # of the state after the last step only obs and log_pi count
-            actions, hidden = gumbel_max(row["log_pi"], rng).argmax(-1), hiddens[0]
-            start = time.perf_counter()
-            obs, state, avail, reward, done, info = envs.step(actions)
-            seconds += time.perf_counter() - start
-            now |= {"obs": obs, "state": state[:, 0], "avail": avail, "keep": 1.0 - done.float()}
-            last_obs, last_state, last_avail = info.pop("final")
-            row |= info | {"policy_hidden": hidden, "reward": reward, "done": done}
-            row["actions"] = F.one_hot(actions, logits.shape[-1]).float()
-            if args.bootstrap_time_limits:
-                row |= {"last_obs": last_obs, "last_avail": last_avail}
-                row["last_state"] = last_state[:, 0]
-        for key, value in row.items():
-            if key not in buffer:  # allocated in the first rollout, then used again
-                buffer[key] = value.new_zeros(args.rollout_steps + 1, *value.shape)
-            buffer[key][t] = value
-    return seconds
+        logits, hidden = policy(now["obs"][None], now["policy_hidden"], now["keep"][None])
+        log_pi = masked_log_softmax(logits[0], now["avail"])
+        buffer["log_pi"][t] = log_pi
+        for key in ["obs", "state", "avail", "keep", "policy_hidden"]:
+            buffer[key][t] = now[key]
+        if t == args.rollout_steps:  # the next rollout takes this step
+            return
+
+        actions = gumbel_max(log_pi, rng).argmax(-1)
+        obs, state, avail, reward, done, won = envs.step(actions)
+        now["return"] = now["return"] * now["keep"] + reward
+        buffer["actions"][t] = F.one_hot(actions, log_pi.shape[-1])
+        buffer["reward"][t], buffer["return"][t] = reward, now["return"]
+        buffer["done"][t], buffer["won"][t] = done, won
+        now.update(obs=obs, state=state, avail=avail, keep=1.0 - done.float())
+        now["policy_hidden"] = hidden[0]
 
 
-def unroll(network, hidden, buffer, cut):
-    """A critic over a whole rollout in one pass: (output before each step, output after it
-    [T, N, n, out], hidden states). After a time limit that is bootstrapped (`cut`) comes the last
-    state of the old episode, not the first of the new one."""
-    out, hiddens = network(buffer["obs"], hidden, buffer["keep"], buffer["state"])
-    after = out[1:].clone()
-    if cut:
-        obs, state = buffer["last_obs"][cut][None], buffer["last_state"][cut][None]
-        after[cut] = network(obs, hiddens[cut], obs.new_ones(obs.shape[:2]), state)[0][0]
-    return out[:-1], after, hiddens
+def unroll(network, name, buffer, now):
+    """A critic over a whole rollout in one pass: its outputs [T + 1, N, n, out], and its hidden
+    states before each step [T, N, n, H]. `now` takes over the last one."""
+    out, after = network(buffer["obs"], now[name], buffer["keep"], buffer["state"])
+    before = torch.cat([now[name][None], after[:-2]])
+    now[name] = after[-2].clone()
+    return out, before
 
 
-def estimate_v(agent, batch, buffer, now, ends, args):
-    """Put values, returns, advantages [T, N, n] into the batch; metrics and V's hidden states."""
-    out, after, hiddens = unroll(agent.critic, now["critic_hidden"], buffer, ends[2])
-    values, next_values = (agent.value_norm.denormalize(x.squeeze(-1)) for x in (out, after))
-    advantages = gae(batch["reward"], values, next_values, *ends[:2], args.gamma, args.gae_lambda)
-    mean, variance = (f(advantages, batch["alive"]) for f in (masked_mean, masked_var))
-    sigma_a = variance.sqrt()
-    batch |= {"values": out.squeeze(-1), "returns": advantages + values}
-    batch["advantages"] = (advantages - mean) / (sigma_a + 1e-5)
-    explained = 1 - variance / masked_var(batch["returns"], batch["alive"])
-    metrics = {"diagnostics/sigma_a": sigma_a, "diagnostics/explained_variance_v": explained}
-    return metrics, {"critic_hidden": hiddens}, advantages
-
-
-def estimate_q(agent, batch, raw_advantages, buffer, now, ends, rng, args, samples=8):
-    """Put the targets of q_tot [T, N] into the batch; metrics and hidden states.
-
-    `variance/*` compare q_tot with the advantage on data that no network has been trained on, with
-    Qc = q_tot(s, a) - E_{a' ~ pi} q_tot(s, a'), the expectation over `samples` joint actions.
-    """
-    utilities, _, hiddens = unroll(agent.utility, now["utility_hidden"], buffer, None)
-    _, after, target_hiddens = unroll(agent.target_utility, now["target_hidden"], buffer, ends[2])
-    log_pi, next_state = buffer["log_pi"][1:].clone(), buffer["state"][1:].clone()
-    if cut := ends[2]:
-        obs, next_state[cut] = buffer["last_obs"][cut][None], buffer["last_state"][cut]
-        logits, _ = agent.policy(obs, buffer["policy_hidden"][cut], obs.new_ones(obs.shape[:2]))
-        log_pi[cut] = masked_log_softmax(logits[0], buffer["last_avail"][cut])
-    greedy = lambda x: F.one_hot(x.argmax(-1), x.shape[-1]).float()
-    next_q = agent.target_mixer(after, greedy(log_pi), agent.target_mixer.weights(next_state))
-    next_q = agent.q_norm.denormalize(next_q)  # of mu(s') = argmax pi, Section 2.1
-    targets = td_lambda(batch["reward"], next_q, *ends[:2], args.gamma, args.td_lambda)
-    batch["q_targets"] = targets
-
-    weights, log_pi = agent.mixer.weights(batch["state"]), buffer["log_pi"][:-1]
-    q_tot = lambda actions: agent.q_norm.denormalize(agent.mixer(utilities, actions, weights))
-    q = q_tot(batch["actions"])
-    qc = q - sum(q_tot(greedy(gumbel_max(log_pi, rng))) for _ in range(samples)) / samples
-    a, v = raw_advantages.mean(-1), (batch["returns"] - raw_advantages).mean(-1)
-    var = functools.partial(masked_var, mask=batch["valid"])
-    return {
-        "diagnostics/explained_variance_q": 1 - var(targets - q) / var(targets),
-        "variance/r_var_pi": var(a - qc) / var(a),
-        "variance/r_var_v": var(a - (q - v)) / var(a),
-        "variance/corr": (var(a + qc) - var(a - qc)) / (4 * (var(a) * var(qc)).sqrt()),
-    }, {"utility_hidden": hiddens, "target_hidden": target_hiddens}
+def corr_and_slope(advantages, q):
+    """corr(A, Qc) and the slope of A's regression on Qc, of steps [T, N]; 0 where Qc = 0."""
+    a, q = advantages - advantages.mean(), q - q.mean()
+    covariance, variance = (a * q).mean(), (q * q).mean()
+    corr = covariance / (variance * (a * a).mean()).sqrt().clamp(min=1e-8)
+    return {"variance/corr": corr, "variance/slope": covariance / variance.clamp(min=1e-8)}
 
 
 @torch.no_grad()
-def estimate(agent, buffer, now, rng, args):
-    """A rollout's advantages, targets and diagnostics, before anything is trained on it.
+def estimate(agent, buffer, now, args):
+    """Advantages and targets of a rollout, before anything is trained on it.
 
-    Returns metrics and the batch in chunks [L, B, ...], with the hidden states [1, B, n, H] that
-    they begin with. `now` takes over the last hidden states, for the next rollout.
+    Returns the batch in chunks [L, B, ...], with the hidden states [1, B, n, H] that they begin
+    with; sigma_A; and metrics, which compare q_tot with A by weights that have not seen this A.
     """
-    keys = ["obs", "state", "avail", "keep", "actions", "log_pi", "reward"]
-    batch = {key: buffer[key][:-1] for key in keys}
-    done, limit = buffer["done"][:-1], buffer["truncated"][:-1] & args.bootstrap_time_limits
-    cut = limit.nonzero(as_tuple=True) if args.bootstrap_time_limits else None
-    ends = (done & ~limit, done, cut)  # by default a time limit is an end like others, as in MAPPO
-    # The unfinished episode of a crashed game does not count: every step that leads to the crash.
-    batch["valid"] = 1 - backward_sum(buffer["broken"][:-1].float(), (~done).float())
-    choice = batch["avail"].sum(-1) > 1  # a dead agent has only its no-op
-    batch["alive"] = choice * batch["valid"].unsqueeze(-1)
-    metrics, hiddens, raw = estimate_v(agent, batch, buffer, now, ends, args)
-    hiddens["policy_hidden"] = buffer["policy_hidden"]
-    if args.nu > 0:
-        q_metrics, q_hiddens = estimate_q(agent, batch, raw, buffer, now, ends, rng, args)
-        metrics, hiddens = metrics | q_metrics, hiddens | q_hiddens
-    # The critic's loss counts the dead too, as MAPPO's SMAC scripts do.
-    batch["counted"] = batch["valid"].unsqueeze(-1).expand_as(batch["values"])
-    batch["log_probs"] = (batch.pop("log_pi") * batch["actions"]).sum(-1)
-    del batch["reward"]
-    chunk = lambda x: x.unflatten(0, (-1, args.chunk_length)).transpose(0, 1).flatten(1, 2)
-    batch = {key: chunk(x) for key, x in batch.items()}  # all agents of a game stay together
-    for key, hidden in hiddens.items():
-        before = torch.cat([now[key][None], hidden[: args.rollout_steps - 1]])
-        batch[key] = before[:: args.chunk_length].flatten(0, 1)[None]
-        now[key] = hidden[args.rollout_steps - 1].clone()
-    return batch, metrics
+    T, reward, done = args.rollout_steps, buffer["reward"], buffer["done"]
+    batch = {key: buffer[key][:T] for key in ["obs", "state", "avail", "keep", "policy_hidden"]}
+    batch["actions"], pi = buffer["actions"], buffer["log_pi"][:T].exp()
+    batch["log_probs"] = (buffer["log_pi"][:T] * batch["actions"]).sum(-1)
+    alive = batch["alive"] = (batch["avail"].sum(-1) > 1).float()  # the dead have only their no-op
+
+    # V: GAE of all agents, normalised over the live ones.
+    out, batch["critic_hidden"] = unroll(agent.critic, "critic_hidden", buffer, now)
+    batch["values"] = out[:T].squeeze(-1)
+    values = agent.value_norm.denormalize(out.squeeze(-1))
+    advantages = gae(reward, values, done, args.gamma, args.gae_lambda)
+    batch["returns"] = advantages + values[:T]
+    mean = masked_mean(advantages, alive)
+    sigma_a = masked_mean((advantages - mean) ** 2, alive).sqrt()
+    batch["advantages"] = (advantages - mean) / (sigma_a + 1e-5)
+    team = (batch["advantages"] * alive).sum(-1) / alive.sum(-1).clamp(min=1)
+    metrics = {"diagnostics/sigma_a": sigma_a}
+
+    # Q of Algorithm 1: TD(lambda) targets, with mu(s') = argmax pi of Section 2.1.
+    if agent.second == "paper":
+        utilities, batch["utility_hidden"] = unroll(agent.q.utility, "utility_hidden", buffer, now)
+        next_utilities, _ = unroll(agent.target_q.utility, "target_hidden", buffer, now)
+        weights = agent.target_q.mixer.weights(buffer["state"])
+        next_q = agent.target_q.mixer(next_utilities, one_hot_argmax(buffer["log_pi"]), weights)
+        next_q = agent.q_norm.denormalize(next_q[1:])
+        batch["q_targets"] = td_lambda(reward, next_q, done, args.gamma, args.td_lambda)
+        weights = agent.q.mixer.weights(batch["state"])
+        q = agent.q.mixer(utilities[:T], batch["actions"], weights)
+        centred_q = (q - agent.q.mixer(utilities[:T], pi, weights)) * agent.q_norm.mean_and_std()[1]
+        metrics |= corr_and_slope(team, centred_q / (sigma_a + 1e-5))
+
+    # Q of Proposition 5: a least squares fit to A, on the features that the policy has acted on.
+    if agent.second == "compatible":
+        features = F.pad(agent.policy.norm(buffer["policy_hidden"][1:]), (0, 1), value=1.0)
+        scores = (batch["actions"] - pi) * alive.unsqueeze(-1)
+        metrics |= corr_and_slope(team, (agent.compatible(features) * scores).sum((-2, -1)))
+        agent.compatible.fit(features, scores, team)
+        batch["utilities"] = agent.compatible(features) * alive.unsqueeze(-1)
+
+    for key, x in batch.items():  # [T, N, ...] -> [L, B, ...]; all agents of a game stay together
+        x = x.unflatten(0, (-1, args.chunk_length)).transpose(0, 1).flatten(1, 2)
+        batch[key] = x[:1] if key.endswith("_hidden") else x
+    return batch, sigma_a, metrics
 
 
 # ------------------------------------------------------------------------------------------- update
-def compute_losses(agent, batch, sigma_a, rng, args):
-    """({network: loss}, metrics) of chunks [L, B, ...]."""
+def policy_losses(agent, batch, sigma_a, rng, args):
+    """({network: loss} of policy and q, metrics) of chunks [L, B, ...]."""
     obs, state, keep, actions = (batch[key] for key in ("obs", "state", "keep", "actions"))
-    alive, valid, losses = batch["alive"], batch["valid"], {}
+    alive, losses = batch["alive"], {}
+
+    # First gradient: PPO.
     logits, _ = agent.policy(obs, batch["policy_hidden"][0], keep)
     log_pi = masked_log_softmax(logits, batch["avail"])
     log_ratio = (log_pi * actions).sum(-1) - batch["log_probs"]
-    objective = stochastic_pg_loss(log_ratio, batch["advantages"], alive, args.clip_eps)
-    if args.nu > 0:
-        utilities, _ = agent.utility(obs, batch["utility_hidden"][0], keep, state)
-        weights = agent.mixer.weights(state)
-        q_tot = agent.mixer(utilities, actions, weights)
-        targets = agent.q_norm.normalize(batch["q_targets"])
-        losses["q"] = value_loss(q_tot, targets, valid, args.huber_delta)
-        q_scale = agent.q_norm.scale()[1]  # the mixer's output is in units of this
-        if args.q_scale == "advantage":
-            q_scale = q_scale / (alive.shape[-1] * (sigma_a + 1e-5))
-        mu, frozen = gumbel_softmax(log_pi, args.temperature, rng), [w.detach() for w in weights]
-        second = deterministic_pg_loss(mu, utilities.detach(), agent.mixer, frozen, valid, q_scale)
-        objective = interpolate(objective, second, args.nu)
+    policy_loss = stochastic_pg_loss(log_ratio, batch["advantages"], alive, args.clip_eps)
+
+    # Second gradient: both terms are per live agent and in the unit of the normalised advantage.
+    if agent.second != "none":
+        expected = args.mu == "expectation"
+        mu = log_pi.exp() if expected else gumbel_softmax(log_pi, args.temperature, rng)
+        q_scale = 1 / alive.sum(-1).mean()
+    if agent.second == "compatible":
+        q_tot = (batch["utilities"] * mu).sum((-2, -1))
+    if agent.second == "paper":
+        mean, std = agent.q_norm.mean_and_std()  # the mixer's output is in units of std
+        utilities, _ = agent.q.utility(obs, batch["utility_hidden"][0], keep, state)
+        weights = agent.q.mixer.weights(state)
+        q_taken = agent.q.mixer(utilities, actions, weights)
+        losses["q"] = value_loss(q_taken, (batch["q_targets"] - mean) / std)
+        q_tot = agent.q.mixer(utilities.detach(), mu, [w.detach() for w in weights])
+        q_scale = std if args.q_scale == "raw" else q_scale * std / (sigma_a + 1e-5)
+    if agent.second != "none":
+        policy_loss = interpolate(policy_loss, deterministic_pg_loss(q_tot, q_scale), args.nu)
+
+    # Entropy bonus, and how far the policy has moved.
     entropy = masked_mean(-(log_pi.exp() * log_pi).sum(-1), alive)
-    losses["policy"] = objective - args.ent_coef * entropy
-    values, _ = agent.critic(obs, batch["critic_hidden"][0], keep, state)
+    losses["policy"] = policy_loss - args.ent_coef * entropy
+    log_ratio, entropy = log_ratio.detach(), entropy.detach()
+    clipped = ((log_ratio.exp() - 1).abs() > args.clip_eps).float()
+    return losses, {
+        "losses/entropy": entropy,
+        "diagnostics/approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, alive),
+        "diagnostics/clip_fraction": masked_mean(clipped, alive),
+    }
+
+
+def critic_loss(agent, batch, args):
+    """MAPPO's loss of V. It counts the dead too, as MAPPO's SMAC scripts do."""
+    hidden = batch["critic_hidden"][0]
+    values, _ = agent.critic(batch["obs"], hidden, batch["keep"], batch["state"])
     targets = agent.value_norm.normalize(batch["returns"])
-    old = (batch["values"], args.clip_eps)
-    counted = batch["counted"]  # with the dead: see `estimate`
-    losses["critic"] = value_loss(values.squeeze(-1), targets, counted, args.huber_delta, *old)
-    change = log_ratio.detach()
-    outside = ((change.exp() - 1).abs() > args.clip_eps).float()
-    metrics = {"losses/entropy": entropy.detach()}
-    metrics["diagnostics/approx_kl"] = masked_mean(change.exp() - 1 - change, alive)
-    metrics["diagnostics/clip_fraction"] = masked_mean(outside, alive)
-    return losses, metrics
+    return value_loss(values.squeeze(-1), targets, batch["values"], args.clip_eps)
 
 
-def gradient_variance(agent, batch, sigma_a, args):
-    """Trace of the covariance of the batch's policy gradient, from one disjoint split per game."""
-    rng, grads = torch.Generator(args.device), []  # its own: the training's noise stays the same
-    for game in range(args.num_envs):
-        split = {key: x[:, game :: args.num_envs] for key, x in batch.items()}
-        loss = compute_losses(agent, split, sigma_a, rng, args)[0]["policy"]
-        grads.append(torch.autograd.grad(loss, list(agent.policy.parameters())))
-    grads = torch.stack([torch.cat([x.flatten() for x in grad]) for grad in grads])
-    return grads.var(0).sum() / args.num_envs
+def descend(agent, optimizers, losses, args):
+    """A step of Adam for each {network: loss}; metrics. FloatingPointError before it is harmful."""
+    metrics = {}
+    for name, loss in losses.items():
+        parameters = list(getattr(agent, name).parameters())
+        optimizers[name].zero_grad()
+        loss.backward(inputs=parameters)  # the policy's loss leaves utility and mixer alone
+        norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        metrics[f"losses/{name}"] = loss.detach()
+        metrics[f"diagnostics/{name}_grad_norm"] = norm
+    if not torch.stack(list(metrics.values())).isfinite().all():
+        raise FloatingPointError(
+            f"not finite: {[k for k, x in metrics.items() if not x.isfinite()]}"
+        )
+    for name in losses:
+        optimizers[name].step()
+    return metrics
 
 
 def update(agent, optimizers, batch, sigma_a, rngs, args):
     """`update_epochs` passes over the batch; returns metrics, averaged over the minibatches."""
-    chunks, history = batch["obs"].shape[1], []
-    for _ in range(args.update_epochs):
+    chunks, history = batch["obs"].shape[1], collections.defaultdict(list)
+    for epoch in range(max(args.update_epochs, args.critic_epochs)):
         order = torch.randperm(chunks, generator=rngs["shuffle"], device=args.device)
         for index in order.split(chunks // args.num_minibatches):
             part = batch
             if args.num_minibatches > 1:
                 part = {key: x[:, index] for key, x in batch.items()}
-            agent.value_norm.update(part["returns"], part["counted"])
-            if args.nu > 0:
-                agent.q_norm.update(part["q_targets"], part["valid"])
-            losses, metrics = compute_losses(agent, part, sigma_a, rngs["gumbel"], args)
-            for name, loss in losses.items():
-                parameters = optimizers[name].param_groups[0]["params"]
-                optimizers[name].zero_grad()
-                loss.backward(inputs=parameters)  # the policy's loss leaves utility and mixer alone
-                norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                metrics |= {f"losses/{name}": loss.detach(), f"diagnostics/{name}_grad_norm": norm}
-            history.append(torch.stack(list(metrics.values())))
-            if not history[-1].isfinite().all():  # before the weights are touched
-                raise RunError(f"not finite: {[k for k, x in metrics.items() if not x.isfinite()]}")
-            for optimizer in optimizers.values():
-                optimizer.step()
-        if args.nu > 0:
-            for name in ("utility", "mixer"):
-                targets = getattr(agent, f"target_{name}").parameters()
-                for target, new in zip(targets, getattr(agent, name).parameters()):
-                    target.data.lerp_(new.data, args.target_tau)
-    return dict(zip(metrics, torch.stack(history).mean(0)))
+            losses, metrics = {}, {}
+            if epoch < args.update_epochs:
+                if agent.second == "paper":
+                    agent.q_norm.update(part["q_targets"])
+                losses, metrics = policy_losses(agent, part, sigma_a, rngs["gumbel"], args)
+            if epoch < args.critic_epochs:
+                agent.value_norm.update(part["returns"])
+                losses["critic"] = critic_loss(agent, part, args)
+            metrics |= descend(agent, optimizers, losses, args)
+            for key, value in metrics.items():
+                history[key].append(value)
+        if agent.second == "paper" and epoch < args.update_epochs:
+            for target, new in zip(agent.target_q.parameters(), agent.q.parameters()):
+                target.data.lerp_(new.data, args.target_tau)
+    return {key: torch.stack(values).mean() for key, values in history.items()}
+
+
+# ----------------------------------------------------------------------------------------- training
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list: the signals that ask for a checkpoint and a clean end. A second exits."""
+    stopped = []
+
+    def stop(signum, frame):
+        if stopped:
+            sys.exit(128 + signum)
+        stopped.append(signum)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping after this update, with a checkpoint; again: at once\n")
+
+    signums = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signums.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, stop) for signum in signums}
+    try:
+        yield stopped
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def train(args, envs, agent_class=Agent, update=update):
+    """Train until total_timesteps or a signal; go on with args.resume. Returns the exit code."""
+    torch.manual_seed(args.seed)
+    try:
+        agent, buffer = agent_class(envs, args).to(args.device), make_buffer(envs, args)
+    except RuntimeError as error:  # torch's allocator
+        raise UsageError(f"too large: {str(error).splitlines()[0]}") from None
+    optimizers = {}
+    for name in ["policy", "critic", "q"]:
+        if hasattr(agent, name):
+            parameters = getattr(agent, name).parameters()
+            optimizers[name] = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5)
+    # Separate random streams: runs that differ only in nu meet the same exploration noise.
+    rngs = {}
+    for k, name in enumerate(["explore", "gumbel", "shuffle"]):
+        rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
+    now, progress = begin(envs, args), {"step": 0, "updates": 0, "restarts": 0}
+
+    folder = Path(args.resume) if args.resume else new_folder(args)
+    log = Log(folder, args)
+    if args.resume:
+        saved = load_checkpoint(folder, type(args))
+        agent.load_state_dict(saved["agent"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(saved[name])
+        if saved["args"]["device"] == args.device:  # a GPU's streams are not those of a CPU
+            for name, rng in rngs.items():
+                rng.set_state(saved["rngs"][name])
+        if args.backend == "smax":  # games of StarCraft II cannot be stored: new ones begin
+            envs.load_state_dict(saved["games"])
+            now = {key: x.to(args.device) for key, x in saved["now"].items()}
+        progress = saved["progress"]
+        log.go_on(progress["step"], saved["csv_size"])
+
+    def save():
+        parts = {name: part.state_dict() for name, part in {"agent": agent, **optimizers}.items()}
+        parts["rngs"] = {name: rng.get_state() for name, rng in rngs.items()}
+        parts["games"] = envs.state_dict() if args.backend == "smax" else None
+        parts |= {"now": now, "progress": progress, "csv_size": log.csv.tell()}
+        write_checkpoint(folder, args, parts)
+
+    batch_steps, failures = args.num_envs * args.rollout_steps, 0
+    with stop_signals() as stopped, contextlib.closing(log):
+        try:
+            while progress["step"] < args.total_timesteps and not stopped:
+                start = time.perf_counter()
+                try:
+                    if failures:
+                        envs.restart(args.seed + 100_003 * progress["restarts"])
+                        now = begin(envs, args)
+                    rollout(agent.policy, envs, buffer, now, rngs["explore"], args)
+                    failures = 0
+                except GameError as error:
+                    failures, progress["restarts"] = failures + 1, progress["restarts"] + 1
+                    if failures == args.max_failures:
+                        raise
+                    print(f"{error}; the rollout is played again in new games", file=sys.stderr)
+                    continue
+                middle = time.perf_counter()
+                batch, sigma_a, metrics = estimate(agent, buffer, now, args)
+                metrics |= update(agent, optimizers, batch, sigma_a, rngs, args)
+                metrics["charts/episodic_return"] = buffer["return"][buffer["done"]].mean()
+                metrics["charts/win_rate"] = buffer["won"][buffer["done"]].float().mean()
+                values = torch.stack(list(metrics.values())).tolist()  # read back once
+                metrics = dict(zip(metrics, values)) | {"charts/env_restarts": progress["restarts"]}
+                metrics["charts/SPS"] = batch_steps / (time.perf_counter() - start)
+                metrics["time/rollout"] = middle - start
+                metrics["time/update"] = time.perf_counter() - middle
+                progress["step"] += batch_steps
+                progress["updates"] += 1
+                last = progress["step"] >= args.total_timesteps
+                if last or progress["step"] % args.eval_every < batch_steps:
+                    metrics |= evaluate_anew(agent.policy, args, progress["step"], log, stopped)
+                log.write(progress["step"], metrics)
+                if last or stopped or progress["updates"] % args.checkpoint_every == 0:
+                    save()
+        except Exception as error:  # whatever ends the run: keep what was learned, if it is sound
+            if not isinstance(error, FloatingPointError):
+                save()
+            raise
+    if stopped:
+        print(f"stopped at step {progress['step']:,}; --resume {folder} goes on")
+    return 128 + stopped[0] if stopped else 0
 
 
 # --------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate(policy, envs, args, film=None):
-    """SMAC's protocol: win rate over greedy episodes, each by its own flag, in games of their own.
+def evaluate(policy, envs, args, stopped=()):
+    """SMAC's protocol: win rate over greedy episodes, each by its own flag.
 
     Every game plays its share of the episodes: the first to end would favour the short ones.
     """
     obs, _, avail = envs.reset()
     games = len(obs)
-    share = [args.eval_episodes // games + (k < args.eval_episodes % games) for k in range(games)]
+    share = (args.eval_episodes - 1 - torch.arange(games, device=obs.device)) // games + 1
     hidden, keep = obs.new_zeros(*obs.shape[:2], args.hidden_dim), obs.new_zeros(games)
-    won, returns = [], []
-    while any(share):
+    total, played, wins, returns = keep.clone(), torch.zeros_like(share), [], []
+    while (played < share).any() and not stopped:
         logits, hiddens = policy(obs[None], hidden, keep[None])
         actions = masked_log_softmax(logits[0], avail).argmax(-1)
-        if film and not won:  # until the first episode ends
-            envs.record(actions)
-        obs, _, avail, _, done, info = envs.step(actions)
+        obs, _, avail, reward, done, won = envs.step(actions)
+        total = total * keep + reward
         hidden, keep = hiddens[0], 1.0 - done.float()
-        for k in (done & ~info["broken"]).nonzero().flatten().tolist():
-            if share[k]:
-                share[k] -= 1
-                won.append(info["won"][k].item())
-                returns.append(info["return"][k].item())
-    if film:
-        envs.save_film(film)
-    rate = float(np.mean(won))
-    error = math.sqrt(rate * (1 - rate) / args.eval_episodes)
-    result = {"eval/win_rate": rate, "eval/win_rate_stderr": error}
-    return result | {"eval/episodic_return": float(np.mean(returns))}
+        counted = done & (played < share)
+        played += counted
+        wins += won[counted].tolist()
+        returns += total[counted].tolist()
+    if stopped:
+        return {}
+    rate = float(np.mean(wins))
+    return {
+        "eval/win_rate": rate,
+        "eval/win_rate_stderr": math.sqrt(rate * (1 - rate) / len(wins)),
+        "eval/episodic_return": float(np.mean(returns)),
+    }
 
 
-def evaluation_games(args, step):
-    """Games with seeds of their own for each evaluation (--evaluate: step 0), above training's."""
+def evaluate_anew(policy, args, step, log, stopped):
+    """`evaluate` in games of its own, with other seeds than the training's at every step."""
+    log.bar.set_postfix_str("evaluating")
     seed = 10**9 + (7919 * args.seed + step // args.eval_every) % 10**9
-    return contextlib.closing(make_envs(args, seed))
+    for attempt in range(1, args.max_failures + 1):
+        try:
+            with contextlib.closing(make_envs(args, seed + attempt)) as games:
+                return evaluate(policy, games, args, stopped)
+        except GameError as error:
+            if attempt == args.max_failures:
+                raise
+            print(f"{error}; the evaluation begins anew in new games", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------- checkpoint and log
-@contextlib.contextmanager
-def replacing(path):
-    """A file that takes `path` once it is whole: a crash or a full disk leaves the old one."""
-    temporary = path.with_suffix(".tmp")
+# ------------------------------------------------------------------------------- log and checkpoint
+def new_folder(args):
+    """Make a run's folder: RUNS_DIR/<map>__<script>__nu<nu>__<mixer>__s<seed>__<time>."""
+    name = f"{args.backend}-{args.map_name}__{args.script}__nu{args.nu:g}"
+    if args.nu > 0:
+        name += f"__{args.mixer if args.critic == 'paper' else args.critic}"
+    name += f"__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.runs_dir, name)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_checkpoint(folder, args, parts):
+    """Replace checkpoint.pt by a whole one: a crash or a full disk leaves the old one."""
+    content, temporary = io.BytesIO(), folder / "checkpoint.tmp"
+    torch.save(parts | {"script": args.script, "args": asdict(args)}, content)
     try:
         with open(temporary, "wb") as file:
-            yield file
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(folder / "checkpoint.pt")
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder):
+def load_checkpoint(folder, args_class=Args):
     """A run folder's checkpoint, on the CPU. UsageError if it is missing, damaged or foreign."""
     path = Path(folder, "checkpoint.pt")
     try:
-        checkpoint, names = torch.load(path, map_location="cpu", weights_only=True), asdict(Args())
-        foreign = not isinstance(checkpoint, dict) or checkpoint["script"] != SCRIPT
-        if not foreign and checkpoint["args"].keys() == names.keys():
-            return checkpoint
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
-    except Exception:  # torch.load raises many kinds
-        pass
-    raise UsageError(f"{path} is damaged, or not a checkpoint of this version of {SCRIPT}.py")
+        if zipfile.ZipFile(path).testzip():  # torch writes checksums, but does not read them
+            raise ValueError("its checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != args_class.script:
+            raise ValueError(f"it was written by {checkpoint['script']}")
+        args_class(**checkpoint["args"])
+        return checkpoint
+    except Exception as error:  # torch.load raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        message = f"{path} is no checkpoint of this version of {args_class.script}: {reason}"
+        raise UsageError(message) from None
 
 
 class Log:
-    """TensorBoard, progress.csv, and a progress bar; off a terminal, a line every 30 s."""
+    """TensorBoard, progress.csv, a progress bar on a terminal; elsewhere a line every 30 s."""
 
-    def __init__(self, folder, args, step):
-        self.path, self.said = folder / "progress.csv", 0.0
-        if step:  # resumed: rows after the checkpoint will come again, and one may be torn
-            head, *rows = self.path.read_bytes().splitlines(keepends=True)
-            with replacing(self.path) as file:
-                whole = [row for row in rows if row.endswith(b"\n")]
-                file.writelines([head] + [r for r in whole if int(r.split(b",")[0]) <= step])
-        self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
-        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
-        self.wandb = None
+    def __init__(self, folder, args):
+        self.csv, self.said = open(folder / "progress.csv", "a", newline=""), time.monotonic()
+        try:
+            fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder} is in use by another process") from None
+        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        print(f"run folder {folder}", flush=True)
         if args.track:
             import wandb
 
-            config = {"id": folder.name, "resume": "allow", "config": asdict(args)}
-            self.wandb = wandb.init(project="maipg", **config)
+            settings = {"config": asdict(args), "resume": "allow", "sync_tensorboard": True}
+            wandb.init(project="maipg", id=folder.name, **settings)
+        self.writer = SummaryWriter(folder)
+        rows = [f"|{name}|{value}|\n" for name, value in asdict(args).items()]
+        self.writer.add_text("hyper-parameters", "|argument|value|\n|-|-|\n" + "".join(rows))
+        self.bar = tqdm(total=args.total_timesteps, unit="step", disable=None)
+
+    def go_on(self, step, csv_size):
+        """Resume at a checkpoint: what was written after it will come again."""
+        self.csv.truncate(csv_size)
+        self.writer.close()
+        self.writer = SummaryWriter(self.writer.log_dir, purge_step=step + 1)
+        self.bar.initial = self.bar.n = step
 
     def write(self, step, metrics):
         """One row of scalars, under the same names everywhere; step in environment steps."""
-        row = {"global_step": step} | dict.fromkeys(SOMETIMES, "") | metrics
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if not file.tell():
-                writer.writeheader()
-            writer.writerow(row)
+        row = {"global_step": step} | metrics | {k: metrics.get(k, math.nan) for k in EVALUATION}
+        table = csv.DictWriter(self.csv, row)
+        if not self.csv.tell():
+            table.writeheader()
+        table.writerow(row)
+        self.csv.flush()
         for key, value in metrics.items():
-            self.writer.add_scalar(key, value, step)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-        numbers = [metrics[f"charts/{key}"] for key in ("episodic_return", "win_rate", "SPS")]
-        text = "return {:.2f}, win rate {:.2f}, {:.0f} steps/s".format(*numbers)
+            if not math.isnan(value):  # no episode has ended
+                self.writer.add_scalar(key, value, step)
+        text = "return {charts/episodic_return:.2f}, win rate {charts/win_rate:.2f}"
+        text = (text + ", {charts/SPS:.0f} steps/s").format_map(metrics)
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.monotonic() - self.said > 30:
@@ -1065,201 +889,247 @@ class Log:
     def close(self):
         self.bar.close()
         self.writer.close()
+        self.csv.close()
 
 
-# ----------------------------------------------------------------------------------------- training
-@contextlib.contextmanager
-def stop_signals():
-    """SIGINT and SIGTERM ask for a checkpoint and a clean end; a second one ends at once."""
-    caught = []
+# ------------------------------------------------------------------------------------- environments
+# Both backends are a batch of N games behind one interface, tensors on the training device:
+#     obs, state, avail = envs.reset()             # [N, n, O], [N, S], bool [N, n, A]
+#     obs, state, avail, reward, done, won = envs.step(actions)      # the last three [N]
+# A game whose episode is done begins the next one at once. obs ends with the agent's index; a dead
+# agent sees nothing else and has only its no-op.
+def make_envs(args, seed):
+    return (SC2Envs if args.backend == "sc2" else SMAXEnvs)(args, seed)
 
-    def handle(signum, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(signum)
 
-    old = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+def import_smax():
+    """jaxmarl.environments.smax, without what jaxmarl prints when it is imported."""
+    if not find_spec("jaxmarl"):
+        raise UsageError("SMAX needs jaxmarl: pip install -r requirements.txt")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave GPU memory to torch
+    with contextlib.redirect_stdout(None):
+        from jaxmarl.environments import smax
+    return smax
+
+
+@functools.lru_cache  # one compilation for training and evaluation
+def smax_engine(map_name):
+    """(env, reset, step) of JaxMARL's HeuristicEnemySMAX, jitted over a batch of games."""
+    print("compiling SMAX (some 20 s, the first time)", flush=True)
+    smax = import_smax()
+    import jax
+    import jax.numpy as jnp
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "maipg").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    rules = dict(see_enemy_actions=True, walls_cause_death=True, attack_mode="closest")
+    env = smax.HeuristicEnemySMAX(scenario=smax.map_name_to_scenario(map_name), **rules)
+    n = env.num_agents
+
+    def look(obs, game):
+        own = jnp.stack([obs[name] for name in env.agents])
+        avail = env.get_avail_actions(game)
+        avail = jnp.stack([avail[name] for name in env.agents])
+        return jnp.concatenate([own, jnp.eye(n)], -1), obs["world_state"], avail
+
+    def reset(seed):
+        key, reset_key = jax.random.split(jax.random.PRNGKey(seed))
+        obs, game = env.reset(reset_key)  # strong types, or the second step would compile once more
+        game = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), game)
+        return (key, game), look(obs, game)
+
+    def step(state, actions):
+        key, step_key = jax.random.split(state[0])
+        actions = dict(zip(env.agents, actions))
+        obs, game, reward, done, _ = env.step(step_key, state[1], actions)  # with auto-reset
+        reward = reward[env.agents[0]]  # shared by the agents; 1 and more only for a victory
+        return (key, game), (*look(obs, game), reward, done["__all__"], reward >= 1.0)
+
+    return env, jax.jit(jax.vmap(reset)), jax.jit(jax.vmap(step))
+
+
+class SMAXEnvs:
+    """N games of SMAX in one jitted call a step; JAX and torch share the tensors (DLPack)."""
+
+    def __init__(self, args, seed):
+        env, self._reset, self._step = smax_engine(args.map_name)
+        import jax
+
+        self.jax, self.device = jax, torch.device(args.device)
+        self.num_agents, self.num_actions = env.num_agents, env.num_ally_actions
+        self.obs_dim, self.state_dim = env.obs_size + env.num_agents, env.state_size
+        shared = self.device.type == "cuda" and jax.default_backend() == "gpu"
+        self.jax_device = jax.devices("gpu" if shared else "cpu")[0]
+        self.seeds = np.arange(args.num_envs, dtype=np.int32) * 1000 + seed
+        _, _, avail = self.reset()
+        self.step(avail.int().argmax(-1))  # compiles
+
+    def _to_torch(self, arrays):
+        tensors = [torch.from_dlpack(x.block_until_ready()).to(self.device) for x in arrays]
+        tensors[2] = tensors[2] > 0  # avail
+        return tensors
+
+    def reset(self):
+        self.games, seen = self._reset(self.jax.device_put(self.seeds, self.jax_device))
+        return self._to_torch(seen)
+
+    def step(self, actions):
+        actions = actions.int() if self.jax_device.platform == "gpu" else actions.int().cpu()
+        self.games, seen = self._step(self.games, self.jax.dlpack.from_dlpack(actions))
+        return self._to_torch(seen)
+
+    def state_dict(self):
+        leaves = self.jax.tree.leaves(self.games)
+        return {str(k): torch.from_numpy(np.array(x)) for k, x in enumerate(leaves)}
+
+    def load_state_dict(self, state):
+        leaves = [self.jax.device_put(x.numpy(), self.jax_device) for x in state.values()]
+        self.games = self.jax.tree.unflatten(self.jax.tree.structure(self.games), leaves)
+
+    def close(self):
+        """Nothing to do: there are no processes."""
+
+
+def play_sc2(pipe, map_name, seed, folder):
+    """One game in a process of its own: sends what is seen and happened, receives actions.
+
+    Any fault is sent instead, and SC2Envs ends the process. reset() is called once per episode:
+    twice would corrupt it, and before the first one has ended also shrink all rewards.
+    """
+    os.setsid()  # a process group, so that worker and game can be killed together
+    tempfile.tempdir = folder
+
+    def end_with_parent():  # a trainer that is killed has no time to close its games
+        multiprocessing.parent_process().join()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        yield caught
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
+        from smac.env import StarCraft2Env
+
+        env = StarCraft2Env(map_name, seed=seed)
+        env.reset()
+        reward, done, won = 0.0, False, False
+        while True:
+            obs = np.stack(env.get_obs()).astype(np.float32)
+            state = env.get_state().astype(np.float32)
+            avail = np.array(env.get_avail_actions(), dtype=bool)
+            if avail[:, 0].all():  # after a crash: the dead units of the last episode
+                raise RuntimeError("the game did not restart")
+            pipe.send((obs, state, avail, np.float32(reward), done, won))
+            reward, done, info = env.step(pipe.recv())
+            if not info:  # smac's answer to a crash: (0, True, {})
+                raise RuntimeError("the game crashed")
+            won = info["battle_won"]
+            if done:
+                env.reset()
+    except Exception as fault:
+        pipe.send(" ".join(f"{type(fault).__name__}: {fault}".split()))
 
 
-def new_folder(parent, name):
-    """Make PARENT/NAME__<time>, with a number where a run of this second has it already."""
-    name += time.strftime("__%Y%m%d-%H%M%S")
-    for k in itertools.count():
-        folder = Path(parent, f"{name}-{k}" if k else name)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
+class SC2Envs:
+    """N games of StarCraft II through oxwhirl's smac, one spawned process each."""
+
+    def __init__(self, args, seed):
+        self.args, self.device = args, torch.device(args.device)
+        self.restart(seed)
+        obs, state, avail = self.first
+        _, self.num_agents, self.num_actions = avail.shape
+        self.obs_dim, self.state_dim = obs.shape[-1], state.shape[-1]
+
+    def restart(self, seed):
+        """End all games, if there are any, and begin new ones."""
+        self.close()
+        self.folder = tempfile.mkdtemp(prefix="maipg-")  # the games' own temporary files
+        context = multiprocessing.get_context("spawn")  # a forked worker would not end its game
+        for k in range(self.args.num_envs):
+            ours, theirs = context.Pipe()
+            config = (theirs, self.args.map_name, seed + 1000 * k, self.folder)
+            self.workers.append(context.Process(target=play_sc2, args=config, daemon=True))
+            self.workers[k].start()
+            self.pipes.append(ours)
+            theirs.close()
+        try:
+            self.first = self._receive(max(self.args.game_timeout, 300.0))[:3]  # a launch is slow
+        except BaseException:
+            self.close()
+            raise
+
+    def _receive(self, timeout):
+        """obs, state, avail, reward, done, won of all games. GameError: one has failed."""
+        rows = []
+        for k, pipe in enumerate(self.pipes):
+            try:
+                answer = pipe.recv() if pipe.poll(timeout) else f"no answer within {timeout:g} s"
+            except (EOFError, OSError):
+                answer = "its process ended"
+            if isinstance(answer, str):
+                raise GameError(f"game {k}: {answer}")
+            rows.append(answer)
+        obs, *others = (torch.as_tensor(np.stack(x)).to(self.device) for x in zip(*rows))
+        index = torch.eye(obs.shape[1], device=self.device).expand(len(obs), -1, -1)
+        return torch.cat([obs, index], -1), *others
+
+    def reset(self):
+        """The first observations. To be called once: every game begins its episodes by itself."""
+        return self.first
+
+    def step(self, actions):
+        for pipe, row in zip(self.pipes, actions.tolist()):
+            with contextlib.suppress(OSError):  # a process that is gone shows in _receive
+                pipe.send(row)
+        return self._receive(self.args.game_timeout)
+
+    def close(self):
+        """End every worker and its game; nothing outlives this call."""
+        for worker in getattr(self, "workers", []):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.kill()
+            worker.join()
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.workers, self.pipes = [], []
 
 
-def run_name(args):
-    """What the run folder is called, before the time."""
-    return f"{args.backend}-{args.map_name}__{SCRIPT}__nu{args.nu:g}__{args.mixer}__s{args.seed}"
-
-
-@contextlib.contextmanager
-def saved_on(error, save):
-    """Keep what has been learned when the games fail."""
-    try:
-        yield
-    except error:
-        save()
-        raise
-
-
-def train(args, envs):
-    """Train until total_timesteps or a signal; go on with args.resume. Returns the exit code."""
-    torch.manual_seed(args.seed)
-    agent = Agent(envs, args).to(args.device)
-    rates = {"policy": args.learning_rate, "critic": args.critic_lr}
-    trained = {"policy": [agent.policy], "critic": [agent.critic]}
-    if args.nu > 0:
-        rates["q"], trained["q"] = args.q_lr, [agent.utility, agent.mixer]
-    parameters = {name: nn.ModuleList(modules).parameters() for name, modules in trained.items()}
-    adam = functools.partial(torch.optim.Adam, eps=args.adam_eps)
-    optimizers = {name: adam(parameters[name], lr) for name, lr in rates.items()}
-    # Separate random streams: runs that differ only in nu meet the same exploration noise.
-    rngs = {}
-    for k, name in enumerate(["explore", "gumbel", "shuffle", "diagnose"]):
-        rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
-    obs, state, avail = envs.reset()
-    now = {"obs": obs, "state": state[:, 0], "avail": avail, "keep": obs.new_zeros(args.num_envs)}
-    for name in ["policy", "critic", "utility", "target"][: 4 if args.nu > 0 else 2]:
-        now[f"{name}_hidden"] = obs.new_zeros(*obs.shape[:2], args.hidden_dim)
-    done = {"step": 0, "updates": 0, "seconds": 0.0, "evaluations": []}
-    stateful = {"agent": agent, "envs": envs, **optimizers}
-
-    if args.resume:
-        folder, saved = Path(args.resume), load_checkpoint(args.resume)
-        for name, part in stateful.items():
-            part.load_state_dict(saved[name])
-        for name, rng in rngs.items():
-            rng.set_state(saved["rngs"][name])
-        done = saved["done"]
-        if args.backend == "smax":  # games of StarCraft II cannot be stored: new ones begin
-            now = {key: x.to(args.device) for key, x in saved["now"].items()}
-    else:
-        folder = new_folder(args.runs_dir, run_name(args))
-    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    print(f"run folder {folder}", flush=True)
-
-    def save():
-        parts = {name: part.state_dict() for name, part in stateful.items()}
-        parts["rngs"] = {name: rng.get_state() for name, rng in rngs.items()}
-        parts |= {"script": SCRIPT, "args": asdict(args), "now": now, "done": done}
-        with replacing(folder / "checkpoint.pt") as file:
-            torch.save(parts, file)
-
-    buffer, batch_steps = {}, args.num_envs * args.rollout_steps
-    log = Log(folder, args, done["step"])
-    with stop_signals() as caught, contextlib.closing(log), saved_on(GameError, save):
-        while done["step"] < args.total_timesteps and not caught:
-            start = time.perf_counter()
-            game_seconds = rollout(agent.policy, envs, buffer, now, rngs["explore"], args)
-            middle = time.perf_counter()
-            batch, metrics = estimate(agent, buffer, now, rngs["diagnose"], args)
-            sigma_a = metrics["diagnostics/sigma_a"]
-            if args.grad_variance_every and done["updates"] % args.grad_variance_every == 0:
-                metrics["variance/gradient"] = gradient_variance(agent, batch, sigma_a, args)
-            metrics |= update(agent, optimizers, batch, sigma_a, rngs, args)
-            over = buffer["done"][:-1] & ~buffer["broken"][:-1]
-            for key in ("return", "length", "won"):  # of the sampled actions; nan: no episode ended
-                metrics[CHARTS[key]] = buffer[key][:-1][over].float().mean()
-            values = torch.stack(list(metrics.values())).tolist()  # read back from the device, once
-            metrics = dict(zip(metrics, values))
-            seconds, rollout_seconds = time.perf_counter() - start, middle - start
-            metrics |= {"charts/SPS": batch_steps / seconds, "charts/env_restarts": envs.restarts}
-            metrics["time/env"] = game_seconds / seconds
-            metrics["time/update"] = 1 - rollout_seconds / seconds
-            metrics["time/policy"] = (rollout_seconds - game_seconds) / seconds
-            done["step"] += batch_steps
-            done["updates"] += 1
-            done["seconds"] += seconds
-            last = done["step"] >= args.total_timesteps
-            if last or done["step"] % args.eval_every < batch_steps:
-                with evaluation_games(args, done["step"]) as games:
-                    evaluation = evaluate(agent.policy, games, args)
-                done["evaluations"].append({"global_step": done["step"], **evaluation})
-                metrics |= evaluation
-            log.write(done["step"], metrics)
-            if last or caught or done["updates"] % args.checkpoint_every == 0:
-                save()
-    if caught:
-        print(f"stopped by signal {caught[0]} at step {done['step']:,}; --resume {folder} goes on")
-        return 128 + caught[0]
-    final = [evaluation["eval/win_rate"] for evaluation in done["evaluations"][-10:]]
-    rate = float(np.mean(final)) if final else None
-    result = {"final_win_rate": rate, "averaged_evaluations": len(final), **done}
-    with replacing(folder / "result.json") as file:
-        file.write(json.dumps(result | {"args": asdict(args)}, indent=2).encode())
-    print(f"win rate {rate}, the mean of the last {len(final)} evaluations")
-    return 0
+def what_sc2_lacks(map_name):
+    """What is missing to play a map on StarCraft II, or an empty string."""
+    spec = find_spec("smac")
+    home = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
+    if not spec or not any(Path(p, "env").is_dir() for p in spec.submodule_search_locations or []):
+        return "oxwhirl's smac is not installed (PyPI's smac is another project)"
+    if not any(home.glob("Versions/Base*/SC2_x64")):
+        return f"no StarCraft II in {home} (SC2PATH)"
+    if not (home / f"Maps/SMAC_Maps/{map_name}.SC2Map").is_file():
+        return f"no map {map_name} in {home}/Maps/SMAC_Maps"
+    return ""
 
 
 # --------------------------------------------------------------------------------------------- main
-def report(args):
-    """--evaluate: the greedy win rate of a run's policy with its 95% interval; the exit code."""
-    saved = load_checkpoint(args.evaluate)["agent"]
-    with evaluation_games(args, 0) as games:
-        agent = Agent(games, args).to(args.device)
-        agent.load_state_dict(saved)
-        result = evaluate(agent.policy, games, args, args.capture_video and Path(args.evaluate))
-    rate, count = result["eval/win_rate"], args.eval_episodes
-    interval = binomtest(round(rate * count), count).proportion_ci(method="wilson")
-    text = f"win rate {rate:.3f}, 95% interval [{interval.low:.3f}, {interval.high:.3f}]"
-    text += f", return {result['eval/episodic_return']:.2f}, {count} greedy episodes"
-    print(f"{args.backend}: {text}")
-    return 0
+def parse(argv, args_class=Args):
+    """Args of a command line; --resume takes all but a few of them from its folder."""
+    maps = "".join(f"\n    nu {nu}, {epochs:2d} epochs: {names}" for nu, epochs, names in TABLE_3)
+    text = f"{__doc__}\nMaps, with the paper's settings (Table 3):\n{maps}"
+    args = tyro.cli(args_class, args=argv, description=text)
+    if args.resume:
+        saved = args_class(**load_checkpoint(args.resume, args_class)["args"])
+        args = tyro.cli(args_class, args=argv, default=saved)
+        for name in asdict(args).keys() - {"resume", "total_timesteps", "device", "threads"}:
+            if getattr(args, name) != getattr(saved, name):
+                raise UsageError(f"--{name.replace('_', '-')} cannot change when a run is resumed")
+    return args
 
 
-def parse(argv):
-    """Resolved Args of a command line; --resume and --evaluate take defaults from their folder."""
-    default, said = Args(), io.StringIO()
-    words = [part for word in argv for part in word.split("=", 1)]
-    for flag in ("--resume", "--evaluate"):
-        if flag in words[:-1]:
-            saved = load_checkpoint(words[words.index(flag) + 1])["args"] | {"resume": ""}
-            default = Args(**{f.name: saved[f.name] for f in fields(Args) if f.init})
-    try:
-        with contextlib.redirect_stderr(said):
-            args = tyro.cli(Args, args=argv, default=default, description=__doc__)
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        lines = [line.strip(" │|") for line in said.getvalue().splitlines()]  # tyro draws a frame
-        is_rule = lambda line: re.fullmatch("[-─]{9,}", line)
-        message = itertools.dropwhile(is_rule, lines[1:])
-        message = itertools.takewhile(lambda line: not is_rule(line), message)
-        raise UsageError(" ".join(" ".join(message).split())) from None
-    kept = RESUMABLE if args.resume else EVALUABLE if args.evaluate else asdict(args)
-    for name, value in asdict(args).items():
-        if name not in kept and value != getattr(default, name):
-            doing = "resumed" if args.resume else "evaluated"
-            raise UsageError(f"--{name.replace('_', '-')} cannot change when a run is {doing}")
-    return resolve(args)
-
-
-def main(argv=None):
+def main(argv=None, args_class=Args, resolve=resolve, train=train):
     """Run a command line. The exit code: 0 done, 1 failed, 2 bad input, 128 + n signal n."""
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
+        args = resolve(parse(argv, args_class))
         torch.set_num_threads(args.threads)
-        if args.check or args.evaluate:
-            return check(args) if args.check else report(args)
-        with contextlib.closing(make_envs(args)) as envs:
+        with contextlib.closing(make_envs(args, args.seed)) as envs:
             return train(args, envs)
-    except UsageError as error:
+    except (UsageError, GameError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

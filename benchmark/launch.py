@@ -4,7 +4,7 @@
     python benchmark/launch.py --scenarios 2s3z --cluster slurm --cores 4 --hours 12
 
 A run has a folder of its own, OUT/<name>/: the trainer's run folder, log.txt, and job.json with
-command, commit and machine. What has a result.json is skipped, what was killed goes on from its
+command, commit and machine. What has all its steps is skipped, what was killed goes on from its
 checkpoint, and a lock that the trainer holds sees to it that nothing runs twice: also when this
 launcher is killed, its jobs are not, and it is started again. Flags after -- go to the script.
 """
@@ -86,7 +86,16 @@ def make_runs(script, scenarios, nus=(), mixers=(), seeds=(1,), **flags):
 
 def result_of(folder):
     """The finished run folder below a run's folder, or None."""
-    return next((path.parent for path in sorted(folder.glob("*/result.json"))), None)
+    return next((p.parent for p in sorted(folder.glob("*/progress.csv")) if done(p) >= 1), None)
+
+
+def done(path):
+    """Share of its steps that a progress.csv tells of."""
+    try:
+        step = int(path.read_text().splitlines()[-1].split(",")[0])
+        return step / json.loads((path.parent / "args.json").read_text())["total_timesteps"]
+    except (OSError, ValueError, IndexError):  # being written, or only its head is there
+        return 0.0
 
 
 def checkpoint_of(folder):
@@ -100,14 +109,7 @@ def progress_of(folder):
     if result_of(folder):
         return 1.0
     newest = max(folder.glob("*/progress.csv"), key=lambda p: p.stat().st_mtime, default=None)
-    if newest is None:
-        return 0.0
-    try:
-        step = int(newest.read_text().splitlines()[-1].split(",")[0])
-        total = json.loads((newest.parent / "args.json").read_text())["total_timesteps"]
-    except (OSError, ValueError, IndexError):  # being written, or only its head is there
-        return 0.0
-    return min(step / total, 1.0)
+    return min(done(newest), 1.0) if newest else 0.0
 
 
 def last_line(path):
