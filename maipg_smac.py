@@ -1,8 +1,8 @@
 """MAIPG on StarCraft micromanagement: Multi-Agent Interpolated Policy Gradients, in one file.
 
-MAPPO's policy gradient rests on sampled joint actions: unbiased, but noisy. MAIPG mixes in a
+MAPPO's policy gradient rests on sampled joint actions: little bias, but noisy. MAIPG mixes in a
 quieter one through a factorised critic q_tot, differentiated by the actions. nu trades bias
-against variance; nu = 0 is MAPPO, number for number. The policy ascends
+against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
 
     (1 - nu) * mean[min(r A, clip(r, 1 - eps, 1 + eps) A)]   `stochastic_pg_loss`      Eq. (3), (10)
       + nu   * mean[q_tot(s, mu(s))] * q_scale               `deterministic_pg_loss`   Eq. (10)
@@ -14,7 +14,7 @@ mu(s): pi's probabilities, the mean of a sampled action; or, by --mu gumbel, a s
     --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
                           `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
     --critic compatible   Proposition 5: q_tot is linear in the policy's own features, fitted
-                          to A by least squares. q_scale = 1 / live agents.
+                          to the team's A by least squares. q_scale = 1 / live agents.
 
 Axes: T steps in a rollout, N games, n agents, A actions, O observation, S state, H hidden units;
 L steps in a chunk, B chunks in a minibatch. `global_step` counts environment steps.
@@ -50,8 +50,8 @@ from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---------- settings
-# The paper's (nu, update epochs, maps that are simple, hard, super hard).
+# ------ settings
+# The paper's (nu, update epochs, maps): simple, hard, super hard. Others: as hard ones.
 TABLE_3 = [
     (0.4, 5, "2m_vs_1z 2s_vs_1sc 2s3z 3m 3s_vs_3z 3s_vs_4z 3s5z 8m 1c3s5z 10m_vs_11m MMM"),
     (0.3, 10, "2c_vs_64zg 3s_vs_5z 5m_vs_6m 8m_vs_9m 25m so_many_baneling bane_vs_bane"),
@@ -62,10 +62,9 @@ TABLE_3 = [
 @dataclass
 class Args:
     script: ClassVar[str] = Path(__file__).stem
-    # what to run
     map_name: str = "2s3z"  # SMAC map, see above
     backend: Literal["auto", "sc2", "smax"] = "auto"  # StarCraft II if it is there
-    seed: int = 1  # of all that is random
+    seed: int = 1  # of everything random
     device: Literal["auto", "cpu", "cuda"] = "auto"  # a GPU if there is one
     threads: int = 1  # CPU threads of torch
     total_timesteps: int = 10_000_000  # environment steps
@@ -75,9 +74,9 @@ class Args:
     critic: Literal["paper", "compatible"] = "paper"  # where q_tot is from
     mu: Literal["expectation", "gumbel"] = "expectation"  # the action in q_tot
     mixer: Literal["qmix", "vdn"] = "qmix"  # of the paper's critic
-    q_scale: Literal["advantage", "raw"] = "advantage"  # as above; or 1
+    q_scale: Literal["advantage", "raw"] = "advantage"  # paper's critic: as above, or 1
     td_lambda: float = 0.8  # paper's critic: of the targets of q_tot
-    target_tau: float = 0.05  # paper's critic: step of the target networks
+    target_tau: float = 0.05  # paper's critic: target networks' step per epoch
     forgetting: float = 0.75  # compatible critic: weight of earlier rollouts
     ridge: float = 0.001  # compatible critic: regularisation per row
     # MAPPO
@@ -100,7 +99,6 @@ class Args:
     checkpoint_every: int = 25  # updates
     runs_dir: str = "runs"  # where run folders are made
     track: bool = False  # log to Weights & Biases too
-    # StarCraft II
     game_timeout: float = 120.0  # seconds until a silent game has failed
 
 
@@ -141,7 +139,7 @@ def resolve(args):
     return args
 
 
-# ---------- networks
+# ------ networks
 def orthogonal(layer, gain=1.0):
     """MAPPO's initialisation: orthogonal weights, zero biases."""
     for x in layer.parameters():
@@ -157,10 +155,11 @@ class Recurrent(nn.Module):
         super().__init__()
         # With a state, two halves make up one layer.
         gain = math.sqrt(1 if state_dim else 2)
-        self.obs_norm, self.state_norm = nn.LayerNorm(obs_dim), nn.LayerNorm(state_dim)
-        self.obs_in = orthogonal(nn.Linear(obs_dim, dim), gain)
+        self.obs_in = nn.Sequential(nn.LayerNorm(obs_dim), nn.Linear(obs_dim, dim))
+        orthogonal(self.obs_in[1], gain)
         if state_dim:
-            self.state_in = orthogonal(nn.Linear(state_dim, dim), gain)
+            self.state_in = nn.Sequential(nn.LayerNorm(state_dim), nn.Linear(state_dim, dim))
+            orthogonal(self.state_in[1], gain)
         layer = orthogonal(nn.Linear(dim, dim), math.sqrt(2))
         self.body = nn.Sequential(nn.ReLU(), nn.LayerNorm(dim), layer, nn.ReLU(), nn.LayerNorm(dim))
         self.gru = orthogonal(nn.GRUCell(dim, dim))
@@ -170,10 +169,9 @@ class Recurrent(nn.Module):
     def forward(self, obs, hidden, keep, state=None):
         """obs [L, B, n, O], hidden [B, n, H], keep [L, B] (0: an episode begins), state [L, B, S]
         -> output [L, B, n, out], hidden state after each step [L, B, n, H]."""
-        x = self.obs_in(self.obs_norm(obs))
+        x = self.obs_in(obs)
         if state is not None:
-            # Computed once for all agents.
-            x = x + self.state_in(self.state_norm(state)).unsqueeze(-2)
+            x = x + self.state_in(state).unsqueeze(-2)
         x, hidden, hiddens = self.body(x), hidden.flatten(0, 1), []
         for x_t, keep_t in zip(x.flatten(1, 2), keep.repeat_interleave(x.shape[2], 1)):
             hidden = self.gru(x_t, hidden * keep_t.unsqueeze(-1))
@@ -211,10 +209,10 @@ def hypernetwork(state_dim, dim, out_dim):
 
 
 class CompatibleCritic(nn.Module):
-    """q_tot = w . x with x = sum_i h_i (x) (onehot(a_i) - pi_i), h_i the policy's last features.
+    """q_tot = w . x with x = sum_i h_i (x) (onehot(a_i) - pi_i), h_i the policy's features and 1.
 
     x is the gradient of log pi by the policy's head: by Proposition 5, the w that minimises
-    E[(A - w . x)^2] gives the true policy gradient. Old rollouts fade; utilities are w^T h_i.
+    E[(A - w . x)^2] gives it the true gradient. Old rollouts fade. Utilities are w^T h_i.
 
         G <- rho G + x^T x + ridge * rows * I,   b <- rho b + x^T A,   w = G^-1 b
     """
@@ -242,7 +240,7 @@ class ValueNorm(nn.Module):
     def __init__(self, beta=0.99999):
         super().__init__()
         self.beta = beta
-        # Of x, x^2, and of 1, which debiases.
+        # Of x, x^2, and 1 to debias.
         self.register_buffer("moments", torch.zeros(3))
         self.register_buffer("mean", torch.tensor(0.0))
         self.register_buffer("std", torch.tensor(0.1))
@@ -276,7 +274,7 @@ class Agent(nn.Module):
             self.compatible = CompatibleCritic(dim + 1, A, args.forgetting, args.ridge)
 
 
-# ---------- estimators and losses
+# ------ estimators and losses
 def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
@@ -300,22 +298,22 @@ def backward_sum(delta, decay):
 
 
 def gae(rewards, values, done, gamma, lam):
-    """Generalised advantage estimation, A-hat of Eq. (10): rewards, done [T, N]; values
+    """Generalised advantage estimation [T, N, n], A-hat of Eq. (10): rewards, done [T, N]; values
     [T + 1, N, n] in the reward's unit. The time limit is an end like others, as in MAPPO."""
-    keep = (~done).float().unsqueeze(-1)
-    delta = rewards.unsqueeze(-1) + gamma * keep * values[1:] - values[:-1]
-    return backward_sum(delta, gamma * lam * keep)
+    goes_on = (~done).float().unsqueeze(-1)
+    delta = rewards.unsqueeze(-1) + gamma * goes_on * values[1:] - values[:-1]
+    return backward_sum(delta, gamma * lam * goes_on)
 
 
 def td_lambda(rewards, next_q, done, gamma, lam):
-    """TD(lambda) targets of q_tot, all [T, N]; next_q_t = target_q_tot(s_{t+1}, mu(s_{t+1})).
+    """TD(lambda) targets of q_tot, all [T, N]; next_q_t = target_q_tot(s_{t+1}, argmax pi).
 
     G_t = r_t + gamma ((1 - lambda) next_q_t + lambda G_{t+1}); r_t at the end of an episode.
     """
-    keep = (~done).float()
-    trace = torch.full_like(keep, lam)
+    decay = gamma * (~done).float()
+    trace = torch.full_like(decay, lam)
     trace[-1] = 0.0  # the rollout ends
-    return backward_sum(rewards + gamma * keep * (1 - trace) * next_q, gamma * keep * trace)
+    return backward_sum(rewards + decay * (1 - trace) * next_q, decay * trace)
 
 
 def stochastic_pg_loss(log_ratio, advantages, alive, clip_eps):
@@ -332,8 +330,8 @@ def gumbel_softmax(log_pi, rng):
 
 
 def deterministic_pg_loss(q_tot, q_scale):
-    """Second term of Eq. (10): minus the mean over steps of q_tot(s, mu(s)) [L, B], in A's unit.
-    Only mu carries a gradient: utilities and mixer are detached."""
+    """Second term of Eq. (10): minus the mean over steps of q_tot(s, mu(s)) [L, B]; q_scale makes
+    its unit that of A. The caller detaches utilities and mixer: only mu has a gradient."""
     return -q_tot.mean() * q_scale
 
 
@@ -350,7 +348,7 @@ def value_loss(values, targets, old_values, clip_eps):
     return torch.max(loss, clipped_loss).mean()
 
 
-# ---------- rollout and targets
+# ------ rollout and targets
 def begin(envs, seed, args):
     """New games: what is seen now, and each network's hidden state."""
     obs, state, avail = envs.reset(seed)
@@ -388,7 +386,7 @@ def rollout(policy, envs, buffer, now, rng, args):
 
 def unroll(network, name, buffer, now):
     """A critic over a rollout in one pass: outputs [T + 1, N, n, out], and hidden states before
-    each step [T, N, n, H]. `now` takes over the last one."""
+    each step [T, N, n, H]. `now` takes over that before row T, which is the next row 0."""
     out, after = network(buffer["obs"], now[name], buffer["keep"], buffer["state"])
     before = torch.cat([now[name][None], after[:-2]])
     now[name] = after[-2].clone()
@@ -416,7 +414,7 @@ def estimate(agent, buffer, now, args):
     batch["advantages"] = (advantages - mean) / (sigma_a + 1e-5)
     team = (batch["advantages"] * alive).sum(-1) / alive.sum(-1).clamp(min=1)
 
-    # Q of Algorithm 1: TD(lambda) targets, with mu(s') = argmax pi of Section 2.1.
+    # Q of Algorithm 1: TD(lambda) targets at argmax pi, which Section 2.1 calls mu.
     if agent.second == "paper":
         utilities, _ = unroll(agent.target_q.utility, "target_hidden", buffer, now)
         greedy = F.one_hot(buffer["log_pi"].argmax(-1), pi.shape[-1])
@@ -429,7 +427,7 @@ def estimate(agent, buffer, now, args):
         q = mixer(utilities[:-1], batch["actions"], state) - mixer(utilities[:-1], pi, state)
         q = q * agent.q_norm.std / (sigma_a + 1e-5)
 
-    # Q of Proposition 5: least squares on the features that the policy has acted on.
+    # Q of Proposition 5: least squares on what the policy has acted on, and 1.
     if agent.second == "compatible":
         features = F.pad(agent.policy.norm(buffer["policy_hidden"][1:]), (0, 1), value=1)
         scores = (batch["actions"] - pi) * alive.unsqueeze(-1)
@@ -437,7 +435,7 @@ def estimate(agent, buffer, now, args):
         agent.compatible.fit(features, scores, team)
         batch["utilities"] = features @ agent.compatible.weights * alive.unsqueeze(-1)
 
-    # How well q_tot(s, a) - q_tot(s, pi), fitted to other rollouts, tells A.
+    # How q_tot(s, a) - q_tot(s, pi), fitted to other rollouts, tells A; the ideal slope is 1.
     metrics = {"diagnostics/sigma_a": sigma_a}
     if agent.second != "none":
         cov = torch.cov(torch.stack([team.flatten(), q.flatten()]))
@@ -451,9 +449,9 @@ def estimate(agent, buffer, now, args):
     return batch, metrics
 
 
-# ---------- update
+# ------ update
 def policy_losses(agent, batch, sigma_a, rng, args):
-    """({network: loss} of policy and q, metrics) of chunks [L, B, ...]."""
+    """({network: loss} of policy and q, metrics) of chunks [L, B, ...]. Updates q_norm."""
     obs, state, keep = batch["obs"], batch["state"], batch["keep"]
     actions, alive, losses = batch["actions"], batch["alive"], {}
 
@@ -495,7 +493,7 @@ def policy_losses(agent, batch, sigma_a, rng, args):
 
 
 def critic_loss(agent, batch, args):
-    """The loss of V counts the dead too, as in MAPPO's SMAC scripts."""
+    """Loss of V. It counts the dead too, as in MAPPO's SMAC scripts. Updates v_norm."""
     hidden = batch["critic_hidden"][0]
     values, _ = agent.critic(batch["obs"], hidden, batch["keep"], batch["state"])
     agent.v_norm.update(batch["returns"])
@@ -540,9 +538,9 @@ def descend(agent, optimizer, losses, args):
     return metrics
 
 
-# ---------- training
+# ------ training
 def with_retries(play, progress):
-    """play(attempt), again after a GameError, as if it had not failed."""
+    """play(attempt); after a GameError once more, in new games."""
     for attempt in range(5):
         try:
             return play(attempt)
@@ -558,7 +556,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
     now, buffer, rngs = begin(envs, args.seed, args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
-    # Separate streams: runs that differ only in nu meet the same exploration noise.
+    # Runs that differ only in nu meet the same exploration noise.
     for k, name in enumerate(["explore", "gumbel", "shuffle"]):
         rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
     progress = {"step": 0, "restarts": 0, "csv_size": 0}
@@ -622,13 +620,13 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
                     save()
         finally:
             # Whatever ends the run, keep what is sound.
-            if not isinstance(sys.exception(), FloatingPointError):
+            if not isinstance(sys.exception(), FloatingPointError | SystemExit):
                 save()
     if stopped:
         print(f"stopped at step {progress['step']:,}; --resume {folder} goes on")
 
 
-# ---------- evaluation
+# ------ evaluation
 @torch.no_grad()
 def evaluate(policy, envs, seed, args, stopped=()):
     """SMAC's protocol: win rate over greedy episodes, each by its own flag. Every game plays its
@@ -647,12 +645,11 @@ def evaluate(policy, envs, seed, args, stopped=()):
         played += counted
         wins += won[counted].tolist()
         returns += total[counted].tolist()
-    if stopped:
-        return {}
-    return dict(zip(EVALUATION, (float(np.mean(wins)), float(np.mean(returns)))))
+    # A stop skips this evaluation.
+    return {} if stopped else dict(zip(EVALUATION, (np.mean(wins), np.mean(returns))))
 
 
-# ---------- log and checkpoint
+# ------ log and checkpoint
 class Log:
     """TensorBoard, progress.csv, a progress bar (off a terminal, a line every 30 s)."""
 
@@ -663,7 +660,7 @@ class Log:
         except BlockingIOError:
             raise UsageError(f"{folder} is in use") from None
         # Rows after a resumed run's checkpoint will come again.
-        self.csv.truncate(csv_size)
+        self.csv.seek(self.csv.truncate(csv_size))
         text = json.dumps(asdict(args), indent=2)
         (folder / "args.json").write_text(text)
         if args.track:
@@ -704,9 +701,10 @@ def load_checkpoint(folder, args_class=Args):
     path = Path(folder, "checkpoint.pt")
     try:
         # torch does not read the checksums that it writes.
-        assert not zipfile.ZipFile(path).testzip(), "a checksum is wrong"
+        damaged = zipfile.ZipFile(path).testzip()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["script"] == args_class.script, "another script's"
+        if damaged or checkpoint["script"] != args_class.script:
+            raise ValueError("damaged, or of another script")
         args_class(**checkpoint["args"])
         return checkpoint
     except Exception as error:
@@ -714,15 +712,14 @@ def load_checkpoint(folder, args_class=Args):
         raise UsageError(f"{path} is no checkpoint of {args_class.script}: {why}") from None
 
 
-# ---------- environments
+# ------ environments
 # N games behind one interface, tensors on the training device:
 #     obs, state, avail = envs.reset(seed)      # new games: [N, n, O], [N, S], bool [N, n, A]
 #     obs, state, avail, reward, done, won = envs.step(actions)         # the last three [N]
 # After an episode the next one has begun. obs ends with the agent's index; a dead agent sees
 # nothing else, and has only its no-op. A copy of envs has games of its own.
 class SMAXEnvs:
-    """JaxMARL's HeuristicEnemySMAX, N games in one jitted call a step, with its auto-reset.
-    torch takes over JAX's tensors without a copy (DLPack)."""
+    """JaxMARL's HeuristicEnemySMAX: N games in one jitted call a step, with its auto-reset."""
 
     def __init__(self, args):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -733,7 +730,7 @@ class SMAXEnvs:
         maps = smax.smax_env.MAP_NAME_TO_SCENARIO
         if args.map_name not in maps:
             raise UsageError(f"--map-name {args.map_name}: one of {' '.join(maps)}")
-        print(f"compiling SMAX {args.map_name}", flush=True)
+        print("compiling SMAX", flush=True)
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/maipg"))
         env = smax.HeuristicEnemySMAX(scenario=maps[args.map_name])
 
@@ -747,7 +744,7 @@ class SMAXEnvs:
         def reset(seed):
             key, reset_key = jax.random.split(jax.random.PRNGKey(seed))
             obs, game = env.reset(reset_key)
-            # Strong types, or the second step would compile once more.
+            # Strong types: else the step compiles twice.
             game = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), game)
             return (key, game), look(obs, game)
 
@@ -788,8 +785,8 @@ class SMAXEnvs:
 
 
 def play_sc2(pipe, map_name, seed):
-    """One game in a process of its own, which ends on any fault. reset() is called once per
-    episode: twice would corrupt it, and in the first one shrink all rewards."""
+    """One game in a process of its own, which ends on any fault. smac's reset() is called once
+    per episode: again, it would break it and, in the first one, scale all rewards down."""
     os.setsid()  # a group, to kill worker and game together
     from smac.env import StarCraft2Env
 
@@ -800,7 +797,7 @@ def play_sc2(pipe, map_name, seed):
         while True:
             obs, state = np.float32(env.get_obs()), np.float32(env.get_state())
             avail = np.array(env.get_avail_actions(), dtype=bool)
-            # After a crash: the dead of the last episode.
+            # All dead at the start: smac could not restart the game.
             if avail[:, 0].all():
                 raise RuntimeError("the game did not restart")
             pipe.send((obs, state, avail, np.float32(reward), done, won))
@@ -828,7 +825,7 @@ class SC2Envs:
             self.workers[pipe] = context.Process(target=play_sc2, args=config)
             self.workers[pipe].start()
             theirs.close()
-        return self._receive(timeout=300.0)[:3]  # a launch is slow
+        return self._receive(timeout=300.0)[:3]
 
     def step(self, actions):
         for pipe, row in zip(self.workers, actions.tolist()):
@@ -852,7 +849,7 @@ class SC2Envs:
         return torch.cat([obs, index], -1), *others
 
     def close(self):
-        """The workers end with their pipes; if they hang, by force."""
+        """The workers end with their pipes; what is left of a group is killed."""
         for pipe in self.workers:
             pipe.close()
         for worker in self.workers.values():
@@ -872,7 +869,7 @@ def what_sc2_lacks(map_name):
     return ""
 
 
-# ---------- main
+# ------ main
 def parse(argv, args_class=Args):
     """Args of a command line; --resume takes most of them from its folder."""
     maps = [f"\n\nnu {nu} and {epochs} epochs on {names}" for nu, epochs, names in TABLE_3]
