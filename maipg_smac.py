@@ -126,7 +126,8 @@ def resolve(args):
     args.nu = nu if args.nu is None else args.nu
     args.update_epochs = epochs if args.update_epochs is None else args.update_epochs
     for name, value in asdict(args).items():
-        low, high = int(type(value) is int and name != "seed"), 1 if name == "nu" else 1e9
+        low = 1e-9 if name == "ridge" else int(type(value) is int and name != "seed")
+        high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
@@ -430,7 +431,7 @@ def estimate(agent, buffer, now, args):
     # Q of Proposition 5: least squares on what the policy has acted on, and 1.
     if agent.second == "compatible":
         features = F.pad(agent.policy.norm(buffer["policy_hidden"][1:]), (0, 1), value=1)
-        scores = (batch["actions"] - pi) * alive.unsqueeze(-1)
+        scores = batch["actions"] - pi  # 0 for the dead
         q = (features @ agent.compatible.weights * scores).sum((-2, -1))
         agent.compatible.fit(features, scores, team)
         batch["utilities"] = features @ agent.compatible.weights * alive.unsqueeze(-1)
