@@ -38,4 +38,7 @@ python -m pip install absl-py deepdiff mock mpyq portpicker requests six websock
 python -m pip install --no-deps pysc2==4.0.0 "$work/smac"
 
 echo "StarCraft II is in $SC2PATH. If that is not ~/StarCraftII: export SC2PATH=$SC2PATH"
-SC2PATH="$SC2PATH" python "$(dirname "$0")/../maipg_smac.py" --check --backend sc2
+# Does it work? Ten steps of training and a greedy episode; what is missing is named in one line.
+SC2PATH="$SC2PATH" python "$(dirname "$0")/../maipg_smac.py" --backend sc2 --map-name 3m \
+    --num-envs 1 --rollout-steps 10 --total-timesteps 10 --eval-episodes 1 --runs-dir "$work"
+echo "ok: maipg_smac.py has played StarCraft II"

@@ -26,11 +26,17 @@ import tyro
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from scipy import stats
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmark import launch  # noqa: E402
+
 RUN = "method scenario seed steps hours final area commit machine command".split()
 CURVE = "method scenario seed metric global_step hours value".split()
 METRICS = {  # column of progress.csv -> metric; the first one that a run has is its score
     "eval/win_rate": "win rate",
     "eval/episodic_return": "return",
+    "variance/corr": "corr(A, Qc)",
+    "variance/slope": "Cov(A, Qc) / Var(Qc)",
     "variance/gradient": "variance of the policy gradient",
     "variance/r_var_pi": "R_Var, Q centred by the policy",
     "variance/r_var_v": "R_Var, Q centred by V",
@@ -46,7 +52,11 @@ def method_of(args, script):
     """How a run is called in figures and tables."""
     if not script.startswith("maipg"):
         return script.upper()
-    return f"MAIPG {args['nu']:g} {args['mixer']}" if args["nu"] else "MAPPO"
+    if not args["nu"]:
+        return "MAPPO"
+    critic = "compatible" if args.get("critic") == "compatible" else args["mixer"]
+    sampled = " gumbel" if args.get("mu") == "gumbel" else ""  # expectation goes without saying
+    return f"MAIPG {args['nu']:g} {critic}{sampled}"
 
 
 def read_run(folder):
@@ -62,6 +72,9 @@ def read_run(folder):
         table["global_step"].diff().fillna(table["global_step"]) / table["charts/SPS"]
     ).cumsum()
     table = table.assign(hours=hours / 3600)
+    if "variance/slope" in table:  # Cov / (sd A sd Qc) and Cov / Var(Qc) say the rest
+        ratio = table["variance/corr"] / table["variance/slope"]  # sd of Qc / sd of A
+        table["variance/r_var_pi"] = 1 - 2 * table["variance/corr"] * ratio + ratio**2
     parts = []
     for column, metric in METRICS.items():
         if column in table and table[column].notna().any():
@@ -96,10 +109,11 @@ def read(paths):
             beside = path.with_name("runs.csv")
             rows += pd.read_csv(beside).to_dict("records") if beside.exists() else []
             continue
-        for result in sorted(path.glob("**/result.json")):
-            row, curve = read_run(result.parent)
-            rows.append(row)
-            curves.append(curve)
+        for table in sorted(path.glob("**/progress.csv")):
+            if launch.done(table) >= 1:
+                row, curve = read_run(table.parent)
+                rows.append(row)
+                curves.append(curve)
     if not curves:
         raise FileNotFoundError(f"no finished run and no CSV in {' '.join(map(str, paths))}")
     order = ["scenario", "method", "seed"]

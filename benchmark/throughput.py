@@ -1,4 +1,4 @@
-"""Environment steps per second, time split and peak memory of every script and backend.
+"""Environment steps per second and peak memory of every script and backend.
 
     python benchmark/throughput.py --out runs/throughput.csv      # every script that can run here
     python benchmark/throughput.py --only smac --device cuda
@@ -47,13 +47,12 @@ def missing(name):
     if "sc2" in name:
         import maipg_smac
 
-        lacking = [mend for _, there, mend in maipg_smac.sc2_setup("2s3z") if not there]
-        return lacking[0] if lacking else None
+        return maipg_smac.what_sc2_lacks("2s3z") or None
     return None
 
 
 def measure(script, flags, batch, args):
-    """{steps_per_second, shares of time, peak_mib} of one run."""
+    """{steps_per_second, peak_mib} of one run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", str(ROOT / script), *flags, *NO_EVALUATION]
         command += ["--total-timesteps", str(batch * args.updates), "--runs-dir", folder]
@@ -66,9 +65,7 @@ def measure(script, flags, batch, args):
             lines = log.read_text().strip().splitlines()
             raise RuntimeError(lines[-1] if lines else f"exit status {status}")
         table = pd.read_csv(next(Path(folder).glob("*/progress.csv"))).iloc[2:]
-    row = {"steps_per_second": table["charts/SPS"].median()}
-    row |= {key: table[f"time/{key}"].median() for key in ("env", "policy", "update")}
-    return row | {"peak_mib": usage.ru_maxrss / 1024}
+    return {"steps_per_second": table["charts/SPS"].median(), "peak_mib": usage.ru_maxrss / 1024}
 
 
 @dataclass

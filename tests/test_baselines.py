@@ -2,10 +2,8 @@
 
 import copy
 import itertools
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+import json
+import signal
 
 import numpy as np
 import pytest
@@ -14,12 +12,13 @@ import torch
 import maipg_smac as smac
 from benchmark.baselines import facmac, happo, qmix
 
-ROOT = Path(__file__).resolve().parent.parent
 MODULES = {"qmix": qmix, "facmac": facmac}
 
 
-def spaces(n, actions=3, obs=4, state=5):
-    return SimpleNamespace(num_agents=n, num_actions=actions, obs_dim=obs, state_dim=state)
+def first_look(n, actions=3, obs=4, state=5):
+    """What an agent is made for: the shapes of one game."""
+    look = {"obs": torch.zeros(1, n, obs), "state": torch.zeros(1, state)}
+    return look | {"avail": torch.ones(1, n, actions, dtype=torch.bool)}
 
 
 # ------------------------------------------------------------------------------------------- HAPPO
@@ -39,17 +38,14 @@ def on_policy_batch(agent, n, chunks=6, steps=4, actions=3, seed=0):
     batch |= {"log_probs": (log_pi * taken).sum(-1), "advantages": rand(steps, chunks, n)}
     batch |= {"alive": (avail.sum(-1) > 1).float(), "policy_hidden": hidden}
     batch |= {"critic_hidden": rand(1, chunks, n, 8), "values": rand(steps, chunks, n)}
-    batch |= {"returns": rand(steps, chunks, n), "counted": torch.ones(steps, chunks, n)}
-    return batch | {"valid": torch.ones(steps, chunks)}
+    return batch | {"returns": rand(steps, chunks, n)}
 
 
 def on_policy(make, n, **settings):
     args = smac.Args(nu=0.0, hidden_dim=8, device="cpu", **settings)
     torch.manual_seed(3)
-    agent = make(spaces(n), args)
-    parameters = {"policy": agent.policy.parameters(), "critic": agent.critic.parameters()}
-    optimizers = {k: torch.optim.Adam(p, 1e-2, eps=1e-5) for k, p in parameters.items()}
-    return args, agent, optimizers
+    agent = make(first_look(n), args)
+    return args, agent, torch.optim.Adam(agent.parameters(), 1e-2, eps=1e-5)
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
@@ -57,7 +53,7 @@ def test_happo_with_one_agent_is_ppo(minibatches):
     weights = []
     for make, update in ((smac.Agent, smac.update), (happo.Agent, happo.update)):
         settings = {"update_epochs": 5, "num_minibatches": minibatches, "clip_eps": 0.05}
-        args, agent, optimizers = on_policy(make, 1, **settings)
+        args, agent, optimizer = on_policy(make, 1, **settings)
         batch = on_policy_batch(agent, 1)
         # PPO draws an order per epoch for both networks, HAPPO for each of them: with several
         # minibatches only the policy's orders can be made the same.
@@ -65,7 +61,7 @@ def test_happo_with_one_agent_is_ppo(minibatches):
         if update is smac.update:
             torch.randperm(1, generator=rngs["shuffle"])
         before = [x.clone() for x in agent.policy.parameters()]
-        update(agent, optimizers, batch, torch.tensor(1.0), rngs, args)
+        update(agent, optimizer, batch, torch.tensor(1.0), rngs, args)
         trained = list(agent.policy.parameters())
         assert any((a - b).abs().max() > 1e-3 for a, b in zip(before, trained))
         weights.append(trained + (list(agent.critic.parameters()) if minibatches == 1 else []))
@@ -76,7 +72,7 @@ def test_happo_with_one_agent_is_ppo(minibatches):
 def test_happo_weighs_with_the_ratios_of_the_agents_before(monkeypatch):
     """M of each agent from plain probabilities: the actors before it, as they are after."""
     n = 3
-    args, agent, optimizers = on_policy(happo.Agent, n, update_epochs=2)
+    args, agent, optimizer = on_policy(happo.Agent, n, update_epochs=2)
     batch, old, seen = on_policy_batch(agent, n), copy.deepcopy(agent.policy), []
     genuine = happo.actor_loss
 
@@ -86,7 +82,7 @@ def test_happo_weighs_with_the_ratios_of_the_agents_before(monkeypatch):
 
     monkeypatch.setattr(happo, "actor_loss", spy)
     rngs = {"shuffle": torch.Generator().manual_seed(5)}
-    happo.update(agent, optimizers, batch, None, rngs, args)
+    happo.update(agent, optimizer, batch, None, rngs, args)
 
     def probability(actors, i):
         logits, _ = actors(batch["obs"], batch["policy_hidden"][0], batch["keep"])
@@ -128,13 +124,15 @@ def test_happo_actor_loss():
 
 
 def test_happo_leaves_the_other_actors_alone():
-    args, agent, optimizers = on_policy(happo.Agent, 2, update_epochs=2)
+    args, agent, optimizer = on_policy(happo.Agent, 2, update_epochs=2)
     batch = on_policy_batch(agent, 2)
     rngs, before = {"shuffle": torch.Generator()}, copy.deepcopy(agent.policy.each[1])
-    happo.update(agent, optimizers, batch, None, rngs, args)  # Adam has moments for both now
+    happo.update(agent, optimizer, batch, None, rngs, args)  # Adam has moments for both now
     before = [x.clone() for x in agent.policy.each[1].parameters()]
     loss = happo.actor_loss(agent.policy.each[0], batch, 0, torch.ones(4, 6), args)[0]
-    happo.step(optimizers["policy"], agent.policy.each[0], loss, "policy", args)
+    own = next(agent.policy.each[0].parameters()).clone()
+    smac.descend(agent, optimizer, {"policy": loss}, args)
+    assert not torch.equal(own, next(agent.policy.each[0].parameters()))
     for a, b in zip(before, agent.policy.each[1].parameters()):
         assert torch.equal(a, b)
 
@@ -143,7 +141,7 @@ def test_happo_leaves_the_other_actors_alone():
 def off_policy(module, n=2, **settings):
     args = module.Args(hidden_dim=8, mixer_dim=8, device="cpu", **settings)
     torch.manual_seed(2)
-    agent = module.Agent(spaces(n), args)
+    agent = module.Agent(first_look(n), args)
     with torch.no_grad():  # target networks that differ from the online ones
         for name, x in agent.named_parameters():
             if name.startswith("target"):
@@ -155,29 +153,22 @@ def off_policy(module, n=2, **settings):
     return args, agent, optimizers
 
 
-def played(args, lengths, truncated, n=2, seed=0):
-    """A Replay with one game's episodes of given lengths, each ending as `truncated` says."""
+def played(args, lengths, n=2, seed=0):
+    """A Replay with one game's episodes of given lengths, one after the other."""
     replay, rng = qmix.Replay(args), torch.Generator().manual_seed(seed)
-
-    def look():
-        avail = torch.rand(1, n, 3, generator=rng) < 0.6
-        avail[..., 0] = True
-        rand = lambda *shape: torch.randn(1, *shape, generator=rng)
-        return rand(n, 4), rand(5).unsqueeze(1).expand(-1, n, -1), avail
-
-    for length, cut in zip(lengths, truncated):
-        seen = look()
+    rand = lambda *shape: torch.randn(1, *shape, generator=rng)
+    for length in lengths:
         for t in range(length):
-            actions = (torch.rand(1, n, 3, generator=rng) * seen[2]).argmax(-1)
-            over, final = torch.tensor([t == length - 1]), look()
-            info = {"truncated": over & cut, "broken": torch.tensor([False]), "final": final}
-            replay.add(seen, actions, torch.randn(1, generator=rng), over, info)
-            seen = final
+            avail = torch.rand(1, n, 3, generator=rng) < 0.6
+            avail[..., 0] = True
+            actions = (torch.rand(1, n, 3, generator=rng) * avail).argmax(-1)
+            seen = {"obs": rand(n, 4), "state": rand(5), "avail": avail, "keep": "not stored"}
+            replay.add(seen, actions, rand(1)[0], torch.tensor([t == length - 1]))
     return replay
 
 
 def steps_by_hand(network, episode, dim):
-    """Output [T + 1, n, out] of a recurrent network, one step after the other."""
+    """Output [T, n, out] of a recurrent network, one step after the other."""
     hidden, out = torch.zeros(1, episode["obs"].shape[1], dim), []
     for t, obs in enumerate(episode["obs"]):
         y, hiddens = network(obs[None, None], hidden, torch.full((1, 1), float(t > 0)))
@@ -186,14 +177,10 @@ def steps_by_hand(network, episode, dim):
     return torch.stack(out)
 
 
-CUTS = list(itertools.product([False, True], repeat=2))
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("cuts", CUTS)
-def test_qmix_targets(cuts):
+def test_qmix_targets():
     args, agent, _ = off_policy(qmix, num_envs=1, gamma=0.9)
-    replay = played(args, [3, 6], cuts)
+    replay = played(args, [3, 6])
     batch = replay.sample(2)
     utilities = qmix.whole_episodes(agent.policy, batch["obs"], 8)
     targets = agent.targets(batch, utilities)
@@ -203,26 +190,25 @@ def test_qmix_targets(cuts):
         online = steps_by_hand(agent.policy, episode, 8)
         target = steps_by_hand(agent.target_policy, episode, 8)
         length = len(episode["reward"])
-        assert batch["valid"][:, column].sum() == length
+        assert batch["valid"][:, column].sum() == length == [3, 6][k]
         for t in range(length):
             y = episode["reward"][t]
-            if t < length - 1 or cuts[k]:  # a time limit is bootstrapped
+            if t < length - 1:
                 actions = torch.zeros(2, 3)
                 for i in range(2):
                     allowed = [a for a in range(3) if episode["avail"][t + 1, i, a]]
                     best = max(allowed, key=lambda a, i=i: online[t + 1, i, a].item())
                     actions[i, best] = 1.0
-                weights = agent.target_mixer.weights(episode["state"][t + 1])
-                y = y + 0.9 * agent.target_mixer(target[t + 1], actions, weights)
+                state = episode["state"][t + 1]
+                y = y + 0.9 * agent.target_mixer(target[t + 1], actions, state)
             torch.testing.assert_close(targets[t, column], y, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cuts", CUTS)
-def test_facmac_targets(cuts):
+def test_facmac_targets():
     """TD(lambda) as the weighted sum of all n-step returns."""
     args, agent, _ = off_policy(facmac, num_envs=1, gamma=0.9, td_lambda=0.7)
-    replay = played(args, [3, 6], cuts)
+    replay = played(args, [3, 6])
     batch = replay.sample(2)
     targets = agent.targets(batch)
     order = [0, 1] if batch["valid"][:, 0].sum() == 3 else [1, 0]
@@ -230,16 +216,15 @@ def test_facmac_targets(cuts):
         episode = replay.episodes[k]
         logits = steps_by_hand(agent.target_policy, episode, 8)
         length, values = len(episode["reward"]), []
-        for t in range(length + 1):
-            rows, weights = [], agent.target_mixer.weights(episode["state"][t])
+        for t in range(length):
+            rows, state = [], episode["state"][t]
             for i in range(2):
                 allowed = [a for a in range(3) if episode["avail"][t, i, a]]
                 action = torch.zeros(3)
                 action[max(allowed, key=lambda a, i=i, t=t: logits[t, i, a].item())] = 1.0
                 rows.append(agent.target_utility.layers(torch.cat([episode["obs"][t, i], action])))
-            values.append(agent.target_mixer(torch.stack(rows), torch.ones(2, 1), weights).item())
-        if not cuts[k]:
-            values[-1] = 0.0
+            values.append(agent.target_mixer(torch.stack(rows), torch.ones(2, 1), state).item())
+        values.append(0.0)  # after the end
         rewards = episode["reward"].tolist()
         for t in range(length):
             returns = []
@@ -254,8 +239,8 @@ def test_facmac_targets(cuts):
 @pytest.mark.parametrize("name", MODULES)
 def test_padding_changes_nothing(name):
     """The loss of a padded batch is the mean over the steps that were played."""
-    args, agent, optimizers = off_policy(MODULES[name], num_envs=1)
-    replay = played(args, [2, 7], [False, True])
+    args, agent, _ = off_policy(MODULES[name], num_envs=1)
+    replay = played(args, [2, 7])
     losses = []
     for episodes in ([0], [1], [0, 1]):
         one = qmix.Replay(args)
@@ -266,6 +251,7 @@ def test_padding_changes_nothing(name):
         metrics = fresh.learn(one.sample(len(episodes)), optimizer, torch.Generator())
         losses.append(metrics["losses/q"].item())
     assert losses[2] == pytest.approx((2 * losses[0] + 7 * losses[1]) / 9, rel=1e-4)
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -282,14 +268,89 @@ def test_behaviour_explores_only_what_is_available(name):
         assert (actions == 2).float().mean().item() == pytest.approx(expected, abs=0.01)
 
 
-def test_broken_episodes_are_dropped():
-    args, _, _ = off_policy(qmix, num_envs=1)
-    replay = played(args, [2], [False])
-    seen = torch.randn(1, 2, 4), torch.randn(1, 2, 5), torch.ones(1, 2, 3, dtype=torch.bool)
-    yes, no = torch.tensor([True]), torch.tensor([False])
-    info = {"truncated": no, "broken": yes, "final": seen}
-    replay.add(seen, torch.zeros(1, 2, dtype=torch.long), torch.ones(1), yes, info)
-    assert len(replay.episodes) == 1 and replay.begun == [[]]
+def test_epsilon_falls_in_a_line():
+    args = qmix.Args(epsilon_start=0.9, epsilon_end=0.1, epsilon_steps=100)
+    steps = {0: 0.9, 50: 0.5, 75: 0.3, 100: 0.1, 10_000: 0.1}
+    assert {step: pytest.approx(qmix.epsilon_at(step, args)) for step in steps} == steps
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_loss_that_is_not_finite_leaves_the_weights(name):
+    args, agent, optimizers = off_policy(MODULES[name], num_envs=1)
+    batch, before = played(args, [4]).sample(1), copy.deepcopy(agent.state_dict())
+    batch["reward"][1] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        agent.learn(batch, optimizers, torch.Generator())
+    assert all(torch.equal(x, before[key]) for key, x in agent.state_dict().items())
+
+
+class Numbered:
+    """Two games whose observations tell which game they are, and the step: (number, t).
+
+    Game k of the c-th begin has the number 10 c + k; its episodes last 3 + k steps. The step calls
+    in `faults` fail."""
+
+    def __init__(self, faults=()):
+        self.faults, self.begun, self.calls = faults, 0, 0
+
+    def look(self):
+        obs = torch.stack([self.number, self.time], -1).float().unsqueeze(1).expand(-1, 2, -1)
+        return obs, obs[:, 0], torch.ones(2, 2, 3, dtype=torch.bool)
+
+    def reset(self, seed):
+        self.begun, self.number = self.begun + 1, 10 * self.begun + torch.arange(2)
+        self.time = torch.zeros(2, dtype=torch.long)
+        return self.look()
+
+    def step(self, actions):
+        self.calls += 1
+        if self.calls in self.faults:
+            raise smac.GameError("a game has failed")
+        done = self.time == torch.tensor([2, 3])
+        self.time = (self.time + 1) * ~done
+        return *self.look(), torch.ones(2), done, done
+
+    def close(self):
+        pass
+
+
+def gathered(monkeypatch, folder, envs, steps):
+    """Train QMIX on these games; the replay."""
+    replays, genuine = [], qmix.Replay
+    keep = lambda args: replays.append(genuine(args)) or replays[0]
+    monkeypatch.setattr(qmix, "Replay", keep)
+    args = qmix.Args(backend="smax", device="cpu", num_envs=2, total_timesteps=steps)
+    args.batch_episodes, args.log_every, args.runs_dir, args.eval_episodes = 3, 20, str(folder), 2
+    qmix.train(args, envs)
+    return replays[0]
+
+
+def test_a_failed_game_costs_the_episodes_in_the_making(monkeypatch, tmp_path, capsys):
+    envs = Numbered(faults={9, 15})
+    replay = gathered(monkeypatch, tmp_path, envs, 40)
+    assert capsys.readouterr().err.count("a game has failed; new games begin") == 2
+    numbers = []
+    for episode in replay.episodes:
+        number, time = episode["obs"][:, 0].unbind(-1)
+        assert (number == number[0]).all() and time.tolist() == list(range(len(time)))
+        assert len(time) == 3 + number[0] % 10 and episode["done"].tolist()[-1]
+        assert not episode["done"][:-1].any()
+        numbers.append(int(number[0]))
+    # 8 steps: two episodes of game 0, two of game 1; then 5 steps; then 7 that have not failed.
+    assert numbers == [0, 1, 0, 1, 10, 11, 20, 21, 20]
+    (folder,) = tmp_path.iterdir()
+    rows = (folder / "progress.csv").read_text().splitlines()
+    restarts = rows[0].split(",").index("charts/env_restarts")
+    assert [row.split(",")[restarts] for row in rows[1:]] == ["1", "2"]
+    assert [row.split(",")[0] for row in rows] == ["global_step", "20", "40"]
+
+
+def test_games_that_always_fail_stop_the_run_and_save_it(monkeypatch, tmp_path):
+    with pytest.raises(smac.GameError, match="five failures in a row"):
+        gathered(monkeypatch, tmp_path, Numbered(faults=range(6, 99)), 400)
+    (folder,) = tmp_path.iterdir()
+    saved = smac.load_checkpoint(folder, qmix.Args)
+    assert saved["progress"]["step"] == 10 and saved["progress"]["restarts"] == 5
 
 
 # ------------------------------------------------------------------------ games with a known answer
@@ -300,11 +361,11 @@ NON_MONOTONIC = torch.tensor([[8.0, -12.0, -12.0], [-12.0, 0.0, 0.0], [-12.0, 0.
 def matrix_batch(payoff):
     """All nine joint actions of a one-step game, once each."""
     pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
-    obs = torch.zeros(2, 9, 2, 4)
+    obs = torch.zeros(1, 9, 2, 4)
     obs[:, :, 0, 0] = obs[:, :, 1, 1] = 1.0
     end = torch.ones(1, 9, dtype=torch.bool)
-    batch = {"obs": obs, "state": torch.ones(2, 9, 5), "actions": pairs[None]}
-    batch |= {"avail": torch.ones(2, 9, 2, 3, dtype=torch.bool), "terminated": end, "done": end}
+    batch = {"obs": obs, "state": torch.ones(1, 9, 5), "actions": pairs[None]}
+    batch |= {"avail": torch.ones(1, 9, 2, 3, dtype=torch.bool), "done": end}
     return batch | {"valid": end.float(), "reward": payoff[pairs[:, 0], pairs[:, 1]][None]}
 
 
@@ -318,8 +379,8 @@ def learned(module, payoff, updates, **settings):
         out = qmix.whole_episodes(agent.policy, batch["obs"], 8)[0, 0]
         first, second = out.argmax(-1).tolist()
         if module is qmix:
-            weights = agent.mixer.weights(batch["state"][0])
-            q = agent.mixer(out.expand(9, 2, 3), qmix.one_hot(batch["actions"][0], out), weights)
+            actions = qmix.one_hot(batch["actions"][0], out)
+            q = agent.mixer(out.expand(9, 2, 3), actions, batch["state"][0])
             return payoff[first, second].item(), q.view(3, 3)
     return payoff[first, second].item(), None
 
@@ -342,7 +403,7 @@ def test_facmac_solves_a_monotonic_game():
 
 
 def test_happo_solves_a_game():
-    args, agent, optimizers = on_policy(happo.Agent, 2, update_epochs=5, ent_coef=0.001)
+    args, agent, optimizer = on_policy(happo.Agent, 2, update_epochs=5, ent_coef=0.001)
     rng, rngs = torch.Generator().manual_seed(0), {"shuffle": torch.Generator().manual_seed(0)}
     for _ in range(60):
         batch = on_policy_batch(agent, 2, chunks=32, steps=1)
@@ -360,36 +421,100 @@ def test_happo_solves_a_game():
         reward = MONOTONIC[actions[..., 0], actions[..., 1]]
         advantage = (reward - reward.mean()) / (reward.std() + 1e-5)
         batch["advantages"] = advantage.unsqueeze(-1).expand(-1, -1, 2)
-        happo.update(agent, optimizers, batch, None, rngs, args)
+        happo.update(agent, optimizer, batch, None, rngs, args)
     assert log_pi[0, 0].argmax(-1).tolist() == [2, 2] and log_pi[0, 0].max(-1)[0].exp().min() > 0.9
 
 
 # ------------------------------------------------------------------------------------ command lines
-def call(name, *words, cwd):
-    command = [sys.executable, str(ROOT / f"benchmark/baselines/{name}.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+@pytest.fixture(autouse=True)
+def as_before():
+    """main() sets signal handlers; two threads of torch wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", [*MODULES, "happo"])
-def test_bad_input(name, tmp_path):
-    words = {"qmix": ["--gamma", "2"], "facmac": ["--map-name", "nowhere"]}
-    answer = call(name, *words.get(name, ["--nu", "0.4"]), "--backend", "smax", cwd=tmp_path)
-    assert answer.returncode == 2 and answer.stderr.startswith("error: ")
-    assert answer.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+BAD = [  # command line, exit code 2 with this in the message
+    (qmix, "--gamma 2", "gamma 2"),
+    (qmix, "--batch-episodes 0", "batch_episodes 0"),
+    (qmix, "--batch-episodes 9 --replay-episodes 8", "replay-episodes"),
+    (facmac, "--map-name nowhere", "nowhere"),
+    (facmac, "--td-lambda 1.5", "td_lambda"),
+    (facmac, "--epsilon-end -1", "epsilon_end"),
+    (happo, "--nu 0.4", "--nu"),
+    (happo, "--chunk-length 7", "chunk-length"),
+]
 
 
-def test_qmix_trains_stops_resumes_and_is_evaluated(tmp_path):
-    words = "--map-name 3m --backend smax --num-envs 2 --batch-episodes 2 --threads 1".split()
-    words += "--total-timesteps 200 --log-every 100 --eval-every 100 --eval-episodes 2".split()
-    answer = call("qmix", *words, cwd=tmp_path)
-    assert answer.returncode == 0, answer.stderr
-    folder = next((tmp_path / "runs").iterdir())
-    assert folder.name.startswith("smax-3m__qmix__s1__") and (folder / "result.json").exists()
-    answer = call("qmix", "--resume", str(folder), "--total-timesteps", "400", cwd=tmp_path)
-    assert answer.returncode == 0, answer.stderr
-    steps = [line.split(",")[0] for line in (folder / "progress.csv").read_text().splitlines()]
-    assert steps == ["global_step", "100", "200", "300", "400"]
-    answer = call("qmix", "--evaluate", str(folder), "--eval-episodes", "3", cwd=tmp_path)
-    assert answer.returncode == 0 and "3 greedy episodes" in answer.stdout
-    answer = call("facmac", "--resume", str(folder), cwd=tmp_path)  # another method's run
-    assert answer.returncode == 2 and "not a checkpoint" in answer.stderr
+@pytest.mark.parametrize("module, words, about", BAD)
+def test_bad_input(module, words, about, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = module.main([*words.split(), "--backend", "smax"])
+    except SystemExit as end:  # tyro's own message
+        code = end.code
+    assert code == 2 and about in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def rows_of(folder):
+    head, *rows = (folder / "progress.csv").read_text().splitlines()
+    return [dict(zip(head.split(","), row.split(","), strict=True)) for row in rows]
+
+
+SMALL = "--map-name 3m --backend smax --num-envs 2 --eval-every 100 --eval-episodes 2 --device cpu"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_run_stops_and_goes_on(name, tmp_path, capfd):
+    module, words = MODULES[name], f"{SMALL} --batch-episodes 2 --log-every 100 --seed 3"
+    words += f" --total-timesteps 200 --runs-dir {tmp_path}"
+    assert module.main(words.split()) == 0
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith(f"smax-3m__{name}__s3__")
+    saved = smac.load_checkpoint(folder, module.Args)
+    assert module.main(["--resume", str(folder), "--total-timesteps", "400"]) == 0
+    assert [row["global_step"] for row in rows_of(folder)] == ["100", "200", "300", "400"]
+    for row in rows_of(folder):
+        assert np.isfinite([float(row[key]) for key in module.Agent.metrics]).all()
+        assert 0 <= float(row["eval/win_rate"]) <= 1 and float(row["charts/SPS"]) > 0
+    later = smac.load_checkpoint(folder, module.Args)
+    assert later["progress"]["updates"] > saved["progress"]["updates"] > 0
+    steps = [x["state"][0]["step"].item() for x in later["optimizers"].values()]
+    assert steps == [later["progress"]["updates"]] * len(steps)  # Adam's moments were kept
+    capfd.readouterr()
+    for words in ("--gamma 0.9", "--seed 4"):
+        assert module.main(["--resume", str(folder), *words.split()]) == 2
+    other = {"qmix": facmac, "facmac": happo}[name]
+    assert other.main(["--resume", str(folder)]) == 2
+    assert f"no checkpoint of {other.Args.script}" in capfd.readouterr().err
+
+
+def test_happo_trains_and_goes_on(tmp_path):
+    words = f"{SMALL} --rollout-steps 20 --total-timesteps 40 --runs-dir {tmp_path}"
+    assert happo.main(words.split()) == 0
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith("smax-3m__happo__nu0__s1__")
+    assert happo.main(["--resume", str(folder), "--total-timesteps", "80"]) == 0
+    assert [row["global_step"] for row in rows_of(folder)] == ["40", "80"]
+    assert all(float(row["diagnostics/log_weight_std"]) > 0 for row in rows_of(folder))
+    assert json.loads((folder / "args.json").read_text())["nu"] == 0
+    weights = smac.load_checkpoint(folder, happo.Args)["agent"]
+    assert {key.split(".")[2] for key in weights if key.startswith("policy.")} == {"0", "1", "2"}
+
+
+def test_a_signal_ends_a_run_and_saves_it(tmp_path, monkeypatch):
+    """As if it had come in the third of many rows."""
+    stopped, genuine = [], smac.Log.write
+    after = lambda log, step, metrics: (
+        genuine(log, step, metrics) or (step >= 60 and stopped.append(signal.SIGTERM))
+    )
+    monkeypatch.setattr(smac.Log, "write", after)
+    args = qmix.Args(backend="smax", device="cpu", num_envs=2, log_every=20)
+    args.runs_dir, args.eval_episodes = str(tmp_path), 2
+    qmix.train(args, Numbered(), stopped)
+    (folder,) = tmp_path.iterdir()
+    assert smac.load_checkpoint(folder, qmix.Args)["progress"]["step"] == 60
+    assert len(rows_of(folder)) == 3

@@ -18,17 +18,18 @@ from benchmark import figures, plot, report, throughput
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_folder(place, seed, scores, nu=0.0):
-    """A finished run as a script leaves it: an evaluation every second row, 100 steps/s."""
+def run_folder(place, seed, scores, nu=0.0, left=0, **settings):
+    """A run as a script leaves it: an evaluation every second row, 100 steps/s; `left` steps short
+    of its end."""
     folder = place / f"job{nu}{seed}" / f"smax-3m__maipg_smac__nu{nu:g}__qmix__s{seed}__x"
     folder.mkdir(parents=True)
     args = {"map_name": "3m", "backend": "smax", "nu": nu, "mixer": "qmix", "seed": seed}
+    args |= {"total_timesteps": 2000 * len(scores) + left} | settings
     (folder / "args.json").write_text(json.dumps(args))
-    lines = ["global_step,eval/win_rate,variance/gradient,charts/SPS"]
+    lines = ["global_step,eval/win_rate,variance/corr,charts/SPS"]
     for k, score in enumerate(scores):
-        lines += [f"{2000 * k + 1000},,0.5,100", f"{2000 * k + 2000},{score},,50"]
+        lines += [f"{2000 * k + 1000},nan,0.5,100", f"{2000 * k + 2000},{score},nan,50"]
     (folder / "progress.csv").write_text("\n".join(lines) + "\n")
-    (folder / "result.json").write_text("{}")
     about = {"command": "python x", "commit": "abc", "machine": "m", "torch": "t"}
     (folder.parent / "job.json").write_text(json.dumps(about))
     return folder
@@ -45,7 +46,48 @@ def test_a_run_is_read(tmp_path):
     assert row["hours"] * 3600 == pytest.approx(14 * (1000 / 100 + 1000 / 50))
     rate = curves[curves["metric"] == "win rate"]
     assert rate["value"].tolist() == scores and rate["global_step"].tolist()[:2] == [2000, 4000]
-    assert (curves["metric"] == "variance of the policy gradient").sum() == 14
+    assert (curves["metric"] == "corr(A, Qc)").sum() == 14
+
+
+def test_r_var_follows_from_what_is_logged(tmp_path):
+    rng = np.random.default_rng(0)
+    a, q = rng.normal(size=(2, 500))
+    q = 0.3 * q + 0.1 * a
+    cov = np.cov(a, q)
+    folder = run_folder(tmp_path, 1, [0.5])
+    table = pd.read_csv(folder / "progress.csv")
+    table["variance/corr"] = cov[0, 1] / np.sqrt(cov[0, 0] * cov[1, 1])
+    table["variance/slope"] = cov[0, 1] / cov[1, 1]
+    table.to_csv(folder / "progress.csv", index=False)
+    _, curves = plot.read([tmp_path])
+    values = curves[curves["metric"] == "R_Var, Q centred by the policy"]["value"]
+    assert values.to_numpy() == pytest.approx([(a - q).var() / a.var()] * 2)
+
+
+def test_unfinished_runs_are_left_out(tmp_path):
+    run_folder(tmp_path, 1, [0.1, 0.2])
+    run_folder(tmp_path, 2, [0.1, 0.2], left=1)
+    (tmp_path / "job" / "new").mkdir(parents=True)
+    (tmp_path / "job" / "new" / "progress.csv").write_text("global_step,charts/SPS\n")
+    runs, curves = plot.read([tmp_path])
+    assert runs["seed"].tolist() == [1] and set(curves["seed"]) == {1}
+
+
+NAMES = [  # args, name in figures and tables
+    ({"nu": 0.0, "mixer": "qmix", "critic": "paper", "mu": "gumbel"}, "MAPPO"),
+    ({"nu": 0.4, "mixer": "qmix", "critic": "paper", "mu": "expectation"}, "MAIPG 0.4 qmix"),
+    ({"nu": 0.4, "mixer": "vdn", "critic": "paper", "mu": "gumbel"}, "MAIPG 0.4 vdn gumbel"),
+    ({"nu": 0.5, "mixer": "qmix", "critic": "compatible", "mu": "expectation"}, "compatible"),
+    ({"nu": 0.5, "mixer": "qmix", "critic": "compatible", "mu": "gumbel"}, "compatible gumbel"),
+    ({"nu": 0.2, "mixer": "joint"}, "MAIPG 0.2 joint"),  # the particle worlds'
+]
+
+
+@pytest.mark.parametrize("args, name", NAMES)
+def test_names_of_methods(args, name):
+    name = f"MAIPG 0.5 {name}" if name.startswith("compatible") else name
+    assert plot.method_of(args, "maipg_smac") == name
+    assert plot.method_of(args, "happo") == "HAPPO"
 
 
 def test_iqm_is_the_mean_of_the_middle_half():
@@ -120,18 +162,15 @@ def test_the_papers_grid_says_what_it_costs_and_waits(tmp_path, capsys):
 
 def test_throughput(tmp_path, capsys):
     out = tmp_path / "new" / "t.csv"
-    assert (
-        throughput.main(
-            ["--only", "n5-nu0.2", "--updates", "3", "--threads", "1", "--out", str(out)]
-        )
-        == 0
-    )
+    words = ["--only", "smax-N8-nu0.4", "--updates", "3", "--threads", "1", "--out", str(out)]
+    assert throughput.main(words) == 0
     (row,) = pd.read_csv(out).to_dict("records")
-    assert row["case"] == "mpe-spread-n5-nu0.2" and row["steps_per_second"] > 50
-    assert row["env"] + row["policy"] + row["update"] == pytest.approx(1.0, abs=0.01)
+    assert row["case"] == "smac-smax-N8-nu0.4" and row["steps_per_second"] > 50
     assert 100 < row["peak_mib"] < 10_000
     assert throughput.main(["--only", "nothing", "--out", str(tmp_path / "x.csv")]) == 2
     assert "error: " in capsys.readouterr().err and not (tmp_path / "x.csv").exists()
+    if not find_spec("smac"):
+        assert "oxwhirl" in throughput.missing("smac-sc2-N8-nu0")
 
 
 @pytest.fixture(scope="module")

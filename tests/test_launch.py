@@ -1,5 +1,6 @@
 """benchmark/launch.py on this machine and on a Slurm of one node, with a stand-in for a trainer."""
 
+import json
 import os
 import pwd
 import shutil
@@ -72,6 +73,27 @@ def test_a_grid_has_no_run_twice():
     other = launch.make_runs("maipg_smac.py", ["2s3z"], (0,), (), (1,), num_envs=3)[0]
     assert other.name not in {run.name for run in runs} and "--num-envs 3" in other.text
     assert launch.make_runs("maipg_grf.py", ["x"])[0].text.split()[2:4] == ["--scenario", "x"]
+
+
+def test_finished_is_what_has_all_its_steps(tmp_path):
+    folder = tmp_path / "job" / "run"
+    folder.mkdir(parents=True)
+    table = folder / "progress.csv"
+
+    def share(text, total=100):
+        (folder / "args.json").write_text(json.dumps({"total_timesteps": total}))
+        table.write_text(text)
+        finished = launch.result_of(tmp_path / "job")
+        assert finished == (folder if launch.done(table) >= 1 else None)
+        return launch.done(table), launch.progress_of(tmp_path / "job")
+
+    head = "global_step,eval/win_rate,losses/policy\n"
+    assert share("") == share(head) == (0.0, 0.0)
+    assert share(f"{head}40,,1\n80,0.5,2\n") == (0.8, 0.8)
+    assert share(f"{head}40,,1\n120,0.5,2\n") == (1.2, 1.0)  # the last rollout is whole
+    assert share(f"{head}100,0.5,2\n", total=200) == (0.5, 0.5)  # resumed, to go further
+    (folder / "args.json").unlink()
+    assert launch.done(table) == 0.0
 
 
 def test_dry_run_prints_and_writes_nothing(tmp_path, capsys):

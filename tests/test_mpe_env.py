@@ -1,11 +1,11 @@
 """The environments of maipg_mpe.py against mpe2 and PettingZoo themselves."""
 
+import copy
 import importlib
 import os
-import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +19,26 @@ import maipg_mpe as m
 TASKS = ["spread", "line", "formation"]
 
 
-def make(task, n, num_envs, continuous=False, seed=0):
+def mpe2_env(args):
+    """The worlds of args in mpe2 itself."""
+    name = {"spread": "spread_v3", "line": "line_v1", "formation": "formation_v1"}[args.scenario]
+    make = importlib.import_module(f"mpe2.simple_{name}").parallel_env
+    return make(N=args.num_agents, max_cycles=25, continuous_actions=args.continuous)
+
+
+def to_mpe2(action, continuous):
+    """An agent's action in mpe2's convention: the number of a move; or a force [2] as the five
+    shares of (stay, left, right, down, up), in [0, 1]."""
+    if not continuous:
+        return int(action.argmax())
+    x, y = action.clamp(-1, 1).tolist()
+    return np.array([0, max(-x, 0), max(x, 0), max(-y, 0), max(y, 0)], dtype=np.float32)
+
+
+def make(task, n, num_envs, continuous=False):
     args = m.Args(scenario=task, num_agents=n, num_envs=num_envs, device="cpu")
-    args.continuous_actions = continuous
-    return m.ParticleEnvs(args, seed), m.mpe2_env(args)
+    args.continuous = continuous
+    return m.ParticleEnvs(args), mpe2_env(args)
 
 
 @pytest.fixture
@@ -47,15 +63,15 @@ def put(ours, k, reference):
 
 
 def draw(ours, rng):
-    count, n = ours.args.num_envs, ours.num_agents
-    if ours.args.continuous_actions:  # beyond the bounds too: both clip
+    count, n = ours.args.num_envs, ours.n
+    if ours.args.continuous:  # beyond the bounds too: both clip
         return torch.rand(count, n, 2, generator=rng) * 2.6 - 1.3
     return F.one_hot(torch.randint(5, (count, n), generator=rng), 5).to(torch.get_default_dtype())
 
 
 def moves(ours, k, actions, reference):
-    continuous = ours.args.continuous_actions
-    return {a: m.to_mpe2(actions[k, i], continuous) for i, a in enumerate(reference.agents)}
+    continuous = ours.args.continuous
+    return {a: to_mpe2(actions[k, i], continuous) for i, a in enumerate(reference.agents)}
 
 
 @pytest.mark.parametrize("continuous", [False, True])
@@ -64,31 +80,28 @@ def moves(ours, k, actions, reference):
 def test_equal_to_mpe2_step_by_step(task, n, continuous, double):
     """Whole episodes, every other one in a crowd, where discs push each other."""
     ours, reference = make(task, n, 3, continuous)
+    ours.length = 99  # no reset: the last observation is compared too
+    near = 1e-5 if continuous else 1e-10  # mpe2's forces are float32
     rng, touched = torch.Generator().manual_seed(1), 0
     for episode in range(4):
-        ours.reset()
+        ours.reset(episode)
         if episode % 2:
             ours.pos.mul_(m.RADIUS[task])
-            ours._measure()
-        obs, state, _ = ours._view()
-        seen, _ = reference.reset(seed=episode)
+        reference.reset(seed=episode)
         put(ours, 1, reference)
         for t in range(25):
             actions = draw(ours, rng)
-            _, _, _, reward, done, info = ours.step(actions)
+            obs, state, avail, reward, done = ours.step(actions)
             seen, rewards, terminated, truncated, _ = reference.step(
                 moves(ours, 1, actions, reference)
             )
-            obs, state, _ = info["final"]
             expected = np.stack(list(seen.values()))
-            np.testing.assert_allclose(obs[1, :, : ours.raw_dim], expected, atol=1e-5)
-            np.testing.assert_allclose(state[1, 0], expected.ravel(), atol=1e-5)
-            assert torch.equal(obs[1, :, ours.raw_dim :], torch.eye(n))
-            assert reward[1].item() == pytest.approx(np.mean(list(rewards.values())), abs=1e-5)
-            assert not any(terminated.values())
-            assert all(truncated.values()) == done[1].item() == (t == 24)
-            distance = info["final"][0][1, :, 2:4]
-            touched += (torch.pdist(distance) < 2 * m.RADIUS[task]).sum().item()
+            np.testing.assert_allclose(obs[1, :, :-n], expected, atol=1e-5)
+            np.testing.assert_allclose(state[1], expected.ravel(), atol=1e-5)
+            assert torch.equal(obs[1, :, -n:], torch.eye(n)) and avail.all() and not done.any()
+            assert reward[1].item() == pytest.approx(np.mean(list(rewards.values())), abs=near)
+            assert not any(terminated.values()) and all(truncated.values()) == (t == 24)
+            touched += (torch.pdist(ours.pos[1]) < 2 * m.RADIUS[task]).sum().item()
     assert touched > 0
 
 
@@ -96,17 +109,15 @@ def test_equal_to_mpe2_step_by_step(task, n, continuous, double):
 def test_single_precision_follows_mpe2_from_every_state(task):
     ours, reference = make(task, 5, 4)
     rng = torch.Generator().manual_seed(2)
-    ours.reset()
+    ours.reset(0)
     ours.pos.mul_(0.5)
-    ours._measure()
     reference.reset(seed=0)
     for _ in range(24):
         put(ours, 2, reference)
         actions = draw(ours, rng)
-        _, _, _, reward, _, info = ours.step(actions)
+        obs, _, _, reward, _ = ours.step(actions)
         seen, rewards, *_ = reference.step(moves(ours, 2, actions, reference))
-        expected = np.stack(list(seen.values()))
-        np.testing.assert_allclose(info["final"][0][2, :, : ours.raw_dim], expected, atol=1e-5)
+        np.testing.assert_allclose(obs[2, :, :-5], np.stack(list(seen.values())), atol=1e-5)
         assert reward[2].item() == pytest.approx(np.mean(list(rewards.values())), abs=1e-5)
 
 
@@ -114,7 +125,7 @@ def test_single_precision_follows_mpe2_from_every_state(task):
 def test_episodes_begin_as_in_mpe2(task):
     """Kolmogorov-Smirnov against 300 resets of mpe2, coordinate by coordinate."""
     ours, reference = make(task, 3, 2000)
-    ours.reset()
+    ours.reset(0)
     theirs = {"agents": [], "landmarks": []}
     for seed in range(300):
         reference.reset(seed=seed)
@@ -152,42 +163,50 @@ def test_assignment_is_optimal(n):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_auto_reset_seeds_and_storage(task):
-    (ours, _), (again, _), (other, _) = (make(task, 4, 5, seed=s) for s in (3, 3, 4))
-    assert torch.equal(ours.reset()[0], again.reset()[0])
-    assert not torch.equal(ours._view()[0], other.reset()[0])
-    rng, total = torch.Generator().manual_seed(0), 0
-    for _ in range(25):
+    ours, again, other = (make(task, 4, 5)[0] for _ in range(3))
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b))
+    assert same(ours.reset(3), again.reset(3))
+    assert not torch.equal(ours._look()[0], other.reset(4)[0])
+    rng = torch.Generator().manual_seed(0)
+    for t in range(1, 61):  # through two resets
         actions = draw(ours, rng)
-        obs, _, _, reward, done, info = ours.step(actions)
-        again.step(actions)
-        total = total + reward
-    assert done.all() and info["truncated"].all() and not info["broken"].any()
-    torch.testing.assert_close(info["return"], total)
-    assert (info["length"] == 25).all()
-    assert not torch.equal(obs, info["final"][0]) and (obs[..., :2] == 0).all()
-    for _ in range(10):
-        ours.step(draw(ours, rng))
-    stored = {k: v.clone() if torch.is_tensor(v) else v for k, v in ours.state_dict().items()}
-    copy, _ = make(task, 4, 5, seed=9)
-    copy.reset()
-    copy.load_state_dict(stored)
-    for _ in range(40):  # through a reset
+        obs, state, avail, reward, done = mine = ours.step(actions)
+        assert same(mine, again.step(actions))
+        assert done.all() == done.any() == (t % 25 == 0)
+        assert ((obs[..., :2] == 0).all() == done.all()) and reward.isfinite().all()
+    stored = [x.clone() if torch.is_tensor(x) else x for x in ours.state_dict()]
+    restored, _ = make(task, 4, 5)
+    restored.reset(9)
+    restored.load_state_dict(stored)
+    for _ in range(40):
         actions = draw(ours, rng)
-        mine, theirs = ours.step(actions), copy.step(actions)
-        assert all(torch.equal(a, b) for a, b in zip(mine[:5], theirs[:5]))
-        assert torch.equal(mine[5]["return"], theirs[5]["return"])
+        assert same(ours.step(actions), restored.step(actions))
 
 
-# ------------------------------------------------------------------------------- other environments
-TOY = """
-import os, signal, time
+def test_a_copy_has_games_of_its_own():
+    ours, _ = make("line", 3, 2)
+    ours.reset(1)
+    before = [x.clone() if torch.is_tensor(x) else x for x in ours.state_dict()]
+    other, rng = copy.copy(ours), torch.Generator().manual_seed(0)
+    other.reset(2)
+    for _ in range(30):
+        other.step(draw(other, rng))
+    for x, y in zip(before, ours.state_dict()):
+        assert torch.equal(x, y) if torch.is_tensor(x) else x == y
+
+
+# ---------- other environments
+TOY = '''
+import os
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
 from pettingzoo import ParallelEnv
 
 class Toy(ParallelEnv):
+    """Four steps; b leaves after the second. The actions a, b and c are 5, 6 and 7."""
     metadata = {"name": "toy"}
-    masks, unequal, box = True, False, False
+    masks, unequal, box = True, False, None
+    played = 0  # steps of all copies
 
     def __init__(self):
         self.possible_agents = ["a", "b", "c"]
@@ -198,27 +217,27 @@ class Toy(ParallelEnv):
         return Dict({"observation": seen, "action_mask": mask}) if self.masks else seen
 
     def action_space(self, agent):
-        return Box(np.float32([-1, 0]), np.float32([1, 4])) if self.box else Discrete(3, start=5)
+        return self.box or Discrete(3, start=5)
+
+    def sick(self):
+        return Toy.played >= int(os.environ.get("TOY_HEALTHY_FOR", 0))
 
     def see(self):
-        one = lambda i: np.array([i, self.t], np.float32)
-        mask = np.array([1, 1, self.t % 2], np.int8)
-        full = {a: one(i) for i, a in enumerate(self.possible_agents) if a in self.agents}
-        if not self.masks:
-            return full
-        return {a: {"observation": x, "action_mask": mask} for a, x in full.items()}
+        seen = {}
+        for i, agent in enumerate(self.possible_agents):
+            if agent in self.agents:
+                mask = np.array([1, 1, self.t % 2], np.int8)
+                x = np.array([i, self.t], np.float32)
+                seen[agent] = {"observation": x, "action_mask": mask}
+        return seen if self.masks else {a: x["observation"] for a, x in seen.items()}
 
     def reset(self, seed=None, options=None):
-        self.agents, self.t, self.taken = list(self.possible_agents), 0, []
+        self.agents, self.t = list(self.possible_agents), 0
         return self.see(), {a: {} for a in self.agents}
 
     def step(self, actions):
+        Toy.played += 1
         self.t += 1
-        if os.environ.get("TOY_FAULT") == "raise" and self.t == 2:
-            raise ValueError("the toy broke")
-        if os.environ.get("TOY_FAULT") == "hang" and self.t == 2 and not os.path.exists("hung"):
-            open("hung", "w").close()
-            time.sleep(100)
         rewards = {a: float(np.sum(x)) for a, x in actions.items()}
         left = {a: a == "b" and self.t >= 2 for a in self.agents}
         late = {a: self.t >= 4 for a in self.agents}
@@ -231,22 +250,90 @@ class Toy(ParallelEnv):
 class Plain(Toy):
     masks = False
 class Continuous(Plain):
-    box = True
+    box = Box(np.float32([-1, 0]), np.float32([1, 4]))
+class Narrow(Plain):
+    box = Box(-1, 1, (1,), np.float32)
+class Unbounded(Plain):
+    box = Box(-np.inf, np.inf, (2,))
 class Unequal(Plain):
     unequal = True
 class Text(Toy):
     def observation_space(self, agent):
         from gymnasium.spaces import Text
         return Text(5)
-class NoReset(Toy):
-    def reset(self, seed=None, options=None):
-        raise ValueError("cannot begin")
-class NoSpace(Toy):
+class NoMask(Toy):
     def observation_space(self, agent):
-        raise NotImplementedError("has no space")
-def broken():
-    raise RuntimeError("no such luck")
-"""
+        return Dict({"seen": Box(-9, 9, (2,))})
+class State(Plain):
+    def state(self):
+        return np.array([[self.t, 7.0]])
+class Stubborn(Plain):  # never empties its list of agents
+    def step(self, actions):
+        seen, rewards, left, late, info = super().step(actions)
+        self.agents = self.agents or ["a", "c"]
+        return seen, rewards, left, late, info
+
+# Faults, from a certain step on.
+class NanObs(Plain):
+    def see(self):
+        return {a: x * np.nan if self.sick() else x for a, x in super().see().items()}
+class NanState(Plain):
+    def state(self):
+        return np.array([np.nan if self.sick() else 1.0])
+class NanReward(Plain):
+    def step(self, actions):
+        seen, rewards, *others = super().step(actions)
+        return seen, {a: np.nan for a in rewards} if self.sick() else rewards, *others
+class Wide(Plain):
+    def see(self):
+        return {a: np.ones(3 if self.sick() else 2) for a in super().see()}
+class Scalar(Plain):
+    def see(self):
+        return {a: np.ones(1 if self.sick() else 2) for a in super().see()}
+class Absent(Plain):
+    def see(self):
+        return {} if self.sick() else super().see()
+class ZeroMask(Toy):
+    def see(self):
+        seen = super().see()
+        for x in seen.values():
+            x["action_mask"] *= not self.sick()
+        return seen
+class WideMask(Toy):
+    def see(self):
+        seen = super().see()
+        for x in seen.values():
+            x["action_mask"] = np.ones(4 if self.sick() else 3)
+        return seen
+class Empty(Plain):
+    def reset(self, seed=None, options=None):
+        seen, info = super().reset()
+        self.agents = [] if self.sick() else self.agents
+        return seen, info
+class Broken(Plain):
+    def see(self):
+        if self.sick():
+            raise ValueError("the toy broke")
+        return super().see()
+'''
+NAN, SHAPE = (
+    "an observation, state or reward is not finite",
+    "a's observation or mask has a wrong shape",
+)
+FAULTS = {
+    "NanObs": NAN,
+    "NanState": NAN,
+    "Wide": SHAPE,
+    "Scalar": SHAPE,
+    "Absent": SHAPE,
+    "WideMask": SHAPE,
+    "ZeroMask": "a mask leaves no action",
+    "Empty": "an episode has no agents",
+}
+STEPS = 12  # of a rollout: three episodes
+RUN = f"--num-envs 2 --rollout-steps {STEPS} --chunk-length {STEPS} --update-epochs 1 --device cpu"
+RUN += " --hidden-dim 8 --checkpoint-every 100 --eval-every 10000 --eval-episodes 2"
+RUN += f" --total-timesteps {8 * STEPS}"
 
 
 @pytest.fixture
@@ -254,204 +341,183 @@ def toy(tmp_path, monkeypatch):
     (tmp_path / "toy_env.py").write_text(TOY)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TOY_HEALTHY_FOR", "1000000")
     monkeypatch.chdir(tmp_path)
     sys.modules.pop("toy_env", None)
     return tmp_path
 
 
-def zoo(env_id, num_envs=2, **settings):
+def zoo(env_id, num_envs=1, **settings):
     args = m.Args(env_id=env_id, num_envs=num_envs, device="cpu", **settings)
-    return m.PettingZooEnvs(args, seed=5)
+    return m.PettingZooEnvs(args)
 
 
-def gone(pid):
-    try:
-        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+def run(*words):
+    return m.main([x for word in words for x in word.split()])
 
 
-@pytest.mark.parametrize("env_id", ["mpe2.simple_spread_v3", "pettingzoo.sisl.pursuit_v5"])
-def test_equal_to_the_library_driven_directly(env_id):
-    envs, rng = zoo(env_id), torch.Generator().manual_seed(0)
-    try:
-        obs, state, avail = envs.reset()
-        n, width = envs.num_agents, envs.obs_dim - envs.num_agents
-        assert avail.all() and torch.equal(obs[0, :, width:], torch.eye(n))
-        directly = [importlib.import_module(env_id).parallel_env() for _ in range(2)]
-        seen = [env.reset(seed=5 + 1000 * k)[0] for k, env in enumerate(directly)]
-        totals, ended = [0.0, 0.0], 0
-        for _ in range(40):
-            for k in range(2):
-                expected = np.stack([x.ravel() for x in seen[k].values()])
-                np.testing.assert_allclose(obs[k, :, :width], expected, atol=1e-6)
-            index = torch.randint(envs.num_actions, (2, n), generator=rng)
-            step = envs.step(F.one_hot(index, envs.num_actions).float())
-            obs, state, avail, reward, done, info = step
-            for k, env in enumerate(directly):
-                actions = dict(zip(env.agents, index[k].tolist()))
-                seen[k], rewards, terminated, truncated, _ = env.step(actions)
-                totals[k] += np.mean(list(rewards.values()))
-                assert reward[k].item() == pytest.approx(np.mean(list(rewards.values())), abs=1e-5)
-                assert done[k].item() == (not env.agents)
-                if not env.agents:
-                    ended += 1
-                    assert info["return"][k].item() == pytest.approx(totals[k], rel=1e-5)
-                    assert info["truncated"][k].item() == any(truncated.values())
-                    seen[k], totals[k] = env.reset()[0], 0.0
-        assert ended >= (2 if "spread" in env_id else 0)
-    finally:
-        envs.close()
+@pytest.mark.parametrize("module", ["mpe2.simple_spread_v3", "pettingzoo.sisl.pursuit_v5"])
+def test_equal_to_the_library_driven_directly(module):
+    envs, rng = zoo(f"{module}:parallel_env", 2), torch.Generator().manual_seed(0)
+    obs, state, avail = envs.reset(5)
+    n = obs.shape[1]
+    assert avail.all() and torch.equal(obs[0, :, -n:], torch.eye(n))
+    directly = [importlib.import_module(module).parallel_env() for _ in range(2)]
+    seen, ended = [env.reset(seed=5 + 1000 * k)[0] for k, env in enumerate(directly)], 0
+    for _ in range(40):
+        for k in range(2):
+            expected = np.stack([x.ravel() for x in seen[k].values()])
+            np.testing.assert_allclose(obs[k, :, :-n], expected, atol=1e-6)
+        index = torch.randint(avail.shape[-1], (2, n), generator=rng)
+        obs, state, avail, reward, done = envs.step(F.one_hot(index, avail.shape[-1]).float())
+        for k, env in enumerate(directly):
+            actions = dict(zip(env.agents, index[k].tolist()))
+            seen[k], rewards, *_ = env.step(actions)
+            assert reward[k].item() == pytest.approx(np.mean(list(rewards.values())), abs=1e-5)
+            assert done[k].item() == (not env.agents)
+            if not env.agents:
+                seen[k], ended = env.reset()[0], ended + 1
+    assert ended == (2 if "spread" in module else 0)
+    envs.close()
 
 
 def test_agents_that_leave_masks_and_offsets(toy):
-    envs = zoo("toy_env:Toy", 1)
-    try:
-        obs, state, avail = envs.reset()
-        assert avail.tolist() == [[[True, True, False]] * 3]
-        assert state.shape == (1, 3, 6)  # no state of its own: all that the agents see
-        one = F.one_hot(torch.tensor([[0, 1, 0]]), 3).float()
-        obs, _, avail, reward, done, _ = envs.step(one)
-        assert reward.item() == pytest.approx((5 + 6 + 5) / 3) and avail[0, 0].all()
-        obs, state, avail, reward, done, _ = envs.step(one)  # b leaves
-        assert obs[0, 1, :2].tolist() == [0, 0] and avail[0, 1].tolist() == [True, False, False]
-        assert obs[0, 2, :2].tolist() == [2, 2] and not done.item()
-        *_, reward, done, _ = envs.step(one)
-        assert reward.item() == pytest.approx((5 + 5) / 3)
-        obs, _, avail, _, done, info = envs.step(one)
-        assert done.item() and info["truncated"].item() and info["length"].item() == 4
-        assert info["return"].item() == pytest.approx((16 + 16 + 10 + 10) / 3)
-        assert info["final"][0][0, 2, :2].tolist() == [2, 4] and obs[0, 1, :2].tolist() == [1, 0]
-    finally:
-        envs.close()
+    envs = zoo("toy_env:Toy")
+    obs, state, avail = envs.reset(0)
+    assert avail.tolist() == [[[True, True, False]] * 3]
+    assert state.tolist() == [[0, 0, 1, 0, 2, 0]]  # no state of its own: all that is seen
+    one = F.one_hot(torch.tensor([[0, 1, 0]]), 3).float()
+    obs, _, avail, reward, done = envs.step(one)
+    assert reward.item() == pytest.approx((5 + 6 + 5) / 3) and avail[0, 0].all()
+    obs, state, avail, reward, done = envs.step(one)  # b leaves
+    assert obs[0, 1].tolist() == [0, 0, 0, 1, 0] and avail[0, 1].tolist() == [True, False, False]
+    assert obs[0, 2, :2].tolist() == [2, 2] and not done.item()
+    *_, reward, done = envs.step(one)
+    assert reward.item() == pytest.approx((5 + 5) / 3) and not done.item()
+    obs, _, avail, _, done = envs.step(one)
+    assert done.item() and obs[0, :, :2].tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert avail.tolist() == [[[True, True, False]] * 3]
 
 
 def test_continuous_actions_reach_the_bounds_of_the_box(toy):
-    envs = zoo("toy_env:Continuous", 1, continuous_actions=True)
-    try:
-        envs.reset()
-        *_, reward, _, _ = envs.step(torch.tensor([[[-1.0, -1.0], [1.0, 1.0], [0.0, 7.0]]]))
-        assert reward.item() == pytest.approx(((-1 + 0) + (1 + 4) + (0 + 4)) / 3)
-    finally:
-        envs.close()
+    envs = zoo("toy_env:Continuous", continuous=True)
+    _, _, avail = envs.reset(0)
+    assert avail.all() and avail.shape == (1, 3, 2)
+    actions = torch.tensor([[[-1.0, -1.0], [1.0, 1.0], [0.0, 7.0]]])
+    *_, reward, _ = envs.step(actions)
+    assert reward.item() == pytest.approx(((-1 + 0) + (1 + 4) + (0 + 4)) / 3)
+    _, _, avail, *_ = envs.step(actions)
+    assert avail.tolist() == [[[True, True], [False, False], [True, True]]]
+
+
+def test_a_state_of_its_own(toy):
+    envs = zoo("toy_env:State")
+    assert envs.reset(0)[1].tolist() == [[0, 7]]
+    assert envs.step(torch.ones(1, 3, 3))[1].tolist() == [[1, 7]]
+
+
+def test_an_environment_that_keeps_the_list_of_its_agents(toy):
+    envs = zoo("toy_env:Stubborn")
+    envs.reset(0)
+    done = [envs.step(torch.ones(1, 3, 3))[-1].item() for _ in range(8)]
+    assert done == [False, False, False, True] * 2
+
+
+@pytest.mark.parametrize("name", ["Plain", "Continuous", "Narrow"])
+def test_who_has_left_does_not_count(name, toy):
+    args = m.Args(env_id=f"toy_env:{name}", device="cpu")
+    args.num_envs, args.rollout_steps, args.chunk_length, args.hidden_dim = 2, 8, 8, 8
+    args.continuous = name != "Plain"
+    envs, buffer = m.PettingZooEnvs(args), {}
+    now = m.begin(envs, 0, args)
+    agent = m.Agent(now, args)
+    m.rollout(agent.policy, envs, buffer, now, torch.Generator().manual_seed(0), args)
+    batch, _ = m.estimate(agent, buffer, now, args)
+    alive = [[1, 1, 1]] * 2 + [[1, 0, 1]] * 2
+    assert batch["alive"][:, 0].tolist() == alive * 2
 
 
 @pytest.mark.parametrize(
     "env_id, continuous, words",
     [
-        ("nowhere.at.all", False, "ModuleNotFoundError"),
+        ("nowhere.at:all", False, "nowhere"),
         ("toy_env:Nothing", False, "Nothing"),
-        ("toy_env", False, "parallel_env"),
-        ("toy_env:broken", False, "no such luck"),
+        ("toy_env", False, "package.module:function"),
         ("toy_env:Unequal", False, "differ"),
-        ("toy_env:Text", False, "neither Box nor Discrete"),
-        ("toy_env:Plain", True, "--continuous-actions"),
-        ("toy_env:Continuous", False, "--continuous-actions"),
-        ("json:dumps", False, "json:dumps"),
-        ("json:JSONDecoder", False, "possible_agents"),
+        ("toy_env:Text", False, "observations Text"),
+        ("toy_env:NoMask", False, "action_mask"),
+        ("toy_env:Plain", True, "bounded Box"),
+        ("toy_env:Continuous", False, "--continuous"),
+        ("toy_env:Unbounded", True, "bounded Box"),
+        ("json:JSONDecoder", False, "no PettingZoo parallel environment"),
     ],
 )
-def test_environments_that_do_not_fit(env_id, continuous, words, toy):
-    with pytest.raises(m.UsageError) as error:
-        zoo(env_id, continuous_actions=continuous)
-    text = str(error.value)
-    assert env_id in text and words in text and "\n" not in text
-
-
-def stay(envs):
-    shape = (envs.args.num_envs, envs.num_agents)
-    return F.one_hot(torch.zeros(shape, dtype=torch.long), envs.num_actions).float()
-
-
-def test_a_killed_worker_is_replaced(toy, capsys):
-    envs = zoo("toy_env:Toy", 4)
-    try:
-        envs.reset()
-        envs.step(stay(envs))
-        pid = envs.workers[0].pid
-        os.kill(pid, signal.SIGKILL)
-        obs, _, _, _, done, info = envs.step(stay(envs))
-        mine = list(envs.rows[0])
-        others = [k for k in range(4) if k not in mine]
-        assert info["broken"][mine].all() and done[mine].all() and envs.restarts == 1
-        assert not info["broken"][others].any() and not done[others].any()
-        assert (obs[mine, :, 1] == 0).all() and "worker 0 is replaced" in capsys.readouterr().err
-        *_, done, info = envs.step(stay(envs))
-        assert not info["broken"].any()
-    finally:
-        envs.close()
-    assert all(gone(worker.pid) for worker in envs.workers.values()) and gone(pid)
-
-
-def test_a_worker_that_hangs_is_replaced(toy, monkeypatch):
-    monkeypatch.setenv("TOY_FAULT", "hang")
-    envs = zoo("toy_env:Toy", 1, env_timeout=8.0)
-    try:
-        envs.reset()
-        envs.step(stay(envs))
-        envs.args.env_timeout = 1.0
-        pipes = envs.pipes[0]
-        original = envs._start
-
-        def start(w):
-            envs.args.env_timeout = 60.0  # a new process needs its time
-            original(w)
-
-        monkeypatch.setattr(envs, "_start", start)
-        *_, done, info = envs.step(stay(envs))
-        assert info["broken"].all() and done.all() and envs.restarts == 1
-        assert envs.pipes[0] is not pipes
-    finally:
-        envs.close()
-
-
-def test_failures_in_a_row_stop_the_run(toy, monkeypatch):
-    monkeypatch.setenv("TOY_FAULT", "raise")
-    envs = zoo("toy_env:Toy", 1, max_failures=1)
-    try:
-        envs.reset()
-        envs.step(stay(envs))
-        with pytest.raises(m.GameError, match="the toy broke"):
-            envs.step(stay(envs))
-    finally:
-        envs.close()
-
-
-def test_failures_in_every_episode_stop_the_run(toy, monkeypatch):
-    """A fault in the second step of every episode: no episode is ever whole."""
-    monkeypatch.setenv("TOY_FAULT", "raise")
-    envs = zoo("toy_env:Toy", 1, max_failures=2)
-    try:
-        envs.reset()
-        with pytest.raises(m.GameError, match="2 times in a row"):
-            for _ in range(4):
-                envs.step(stay(envs))
-    finally:
-        envs.close()
-
-
-@pytest.mark.parametrize("name, words", [("NoReset", "cannot begin"), ("NoSpace", "has no space")])
-def test_environments_that_fail_when_they_are_looked_at(name, words, toy, capsys):
-    assert m.main(f"--env-id toy_env:{name} --num-envs 1 --device cpu".split()) == 2
+def test_environments_that_do_not_fit(env_id, continuous, words, toy, capsys):
+    before = sorted(os.listdir(toy))
+    assert run(RUN, f"--env-id {env_id}", "--continuous" if continuous else "") == 2
     error = capsys.readouterr().err
-    assert f"toy_env:{name}" in error and words in error and error.count("\n") == 1
+    assert error.startswith(f"error: --env-id {env_id}: ") and error.count("\n") == 1, error
+    assert words in error and {*os.listdir(toy)} - {*before} <= {"__pycache__"}
 
 
-def test_no_worker_outlives_a_killed_trainer(toy):
-    code = "import maipg_mpe as m, time\n"
-    code += "if __name__ == '__main__':\n"
-    code += "    e = m.PettingZooEnvs(m.Args(env_id='toy_env:Toy', num_envs=2, device='cpu'), 1)\n"
-    code += "    print(*[w.pid for w in e.workers.values()], flush=True)\n    time.sleep(100)\n"
-    (toy / "main.py").write_text(code)
-    path = os.pathsep.join([str(toy), os.path.dirname(m.__file__)])
-    command = [sys.executable, str(toy / "main.py")]
-    env = os.environ | {"PYTHONPATH": path}
-    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-    pids = [int(x) for x in trainer.stdout.readline().split()]
-    assert pids and not any(gone(pid) for pid in pids)
-    trainer.kill()
-    trainer.wait()
-    deadline = time.monotonic() + 10
-    while not all(gone(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert all(gone(pid) for pid in pids)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_before_the_first_step_is_bad_input(name, toy, monkeypatch, capsys):
+    monkeypatch.setenv("TOY_HEALTHY_FOR", "0")
+    assert run(RUN, f"--env-id toy_env:{name}") == 2
+    assert capsys.readouterr().err == f"error: --env-id toy_env:{name}: {FAULTS[name]}\n"
+    assert not (toy / "runs").exists()
+
+
+@pytest.mark.parametrize("name", [*FAULTS, "NanReward"])
+def test_a_fault_in_the_middle_saves_and_ends_the_run(name, toy, monkeypatch, capsys):
+    monkeypatch.setenv("TOY_HEALTHY_FOR", str(3 * STEPS))  # in the second rollout
+    assert run(RUN, f"--env-id toy_env:{name}") == 1
+    error = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert error == [f"error: --env-id toy_env:{name}: {(FAULTS | {'NanReward': NAN})[name]}"]
+    (path,) = (toy / "runs").iterdir()
+    assert m.load_checkpoint(path)["progress"]["step"] == 2 * STEPS
+    monkeypatch.setenv("TOY_HEALTHY_FOR", "1000000")  # mended
+    again = f"--resume {path} --env-id toy_env:{name} --total-timesteps {4 * STEPS}"
+    assert run(again) == 0 and m.load_checkpoint(path)["progress"]["step"] == 4 * STEPS
+
+
+def test_what_an_environment_raises_is_the_users_own_traceback(toy, monkeypatch):
+    monkeypatch.setenv("TOY_HEALTHY_FOR", str(3 * STEPS))
+    command = [sys.executable, m.__file__, *RUN.split(), "--env-id", "toy_env:Broken"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert "toy_env.py" in done.stderr and done.stderr.endswith("ValueError: the toy broke\n")
+    (path,) = (toy / "runs").iterdir()
+    assert m.load_checkpoint(path)["progress"]["step"] == 2 * STEPS
+
+
+@pytest.mark.parametrize("words", ["", "--continuous", "--critic compatible", "--nu 0"])
+def test_a_foreign_environment_trains_and_resumes(words, toy, capsys):
+    env = "--env-id toy_env:" + ("Continuous" if "continuous" in words else "Toy")
+    words += f" --eval-every {4 * STEPS} --total-timesteps {4 * STEPS}"
+    assert run(RUN, env, words) == 0
+    (path,) = (toy / "runs").iterdir()
+    assert path.name.startswith(env.split()[1].replace(":", "-") + "__maipg_mpe__nu")
+    assert run(f"--resume {path} {env} --total-timesteps {6 * STEPS}") == 0
+    header, *table = (path / "progress.csv").read_text().splitlines()
+    assert [int(x.split(",")[0]) for x in table] == [2 * STEPS, 4 * STEPS, 6 * STEPS]
+    evaluated = header.split(",").index("eval/episodic_return")
+    assert [x.split(",")[evaluated] == "nan" for x in table] == [True, False, False]
+
+
+def test_code_named_in_a_checkpoint_is_not_imported(toy, capsys):
+    (toy / "evil.py").write_text("open('touched', 'w')\nfrom toy_env import Toy\n")
+    assert run(RUN, f"--env-id toy_env:Toy --total-timesteps {2 * STEPS}") == 0
+    (path,) = (toy / "runs").iterdir()
+    saved = torch.load(path / "checkpoint.pt", weights_only=True)
+    saved["args"]["env_id"] = "evil:Toy"
+    torch.save(saved, path / "checkpoint.pt")
+    more = f"--resume {path} --total-timesteps {4 * STEPS}"
+    capsys.readouterr()
+    for words in ("", "--env-id toy_env:Toy"):
+        assert run(more, words) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--env-id 'evil:Toy'" in error, error
+        assert not Path("touched").exists() and "evil" not in sys.modules
+    assert run(more, "--env-id evil:Toy") == 0  # at the user's word
+    assert Path("touched").exists()

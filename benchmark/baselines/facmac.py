@@ -6,15 +6,17 @@ regressed on TD(lambda) targets at the target actor's greedy actions. The actor 
     mean over steps of q_tot(s, mu_1, ..., mu_n),   all mu_i drawn anew from the current policies
 
 by straight-through Gumbel-softmax: the centralised gradient, and MAIPG's second term with another
-Q. Settings are those published with FACMAC; replay, targets and training loop are qmix.py's.
+Q. Settings are those published with FACMAC; replay, time limits and training loop are qmix.py's.
 
     python benchmark/baselines/facmac.py --map-name 2s3z
 """
 
 import copy
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -27,12 +29,12 @@ from benchmark.baselines import qmix  # noqa: E402
 
 @dataclass
 class Args(qmix.Args):
-    learning_rate: float = 2.5e-3  # Adam, actor
-    critic_lr: float = 5e-4  # Adam, utility and mixer
+    script: ClassVar[str] = "facmac"
+    learning_rate: float = 2.5e-3  # of Adam, actor
+    critic_lr: float = 5e-4  # of Adam, utility and mixer
     adam_eps: float = 1e-7  # Adam's epsilon
-    epsilon_start: float = 0.5  # share of uniform actions in the behaviour at step 0
+    epsilon_start: float = 0.5  # share of uniform actions in the behaviour at step 0 ...
     td_lambda: float = 0.8  # of the targets of q_tot
-    temperature: float = 1.0  # of the Gumbel-softmax
 
 
 class Utility(nn.Module):
@@ -62,12 +64,13 @@ class Agent(nn.Module):
         "diagnostics/policy_grad_norm",
     )
 
-    def __init__(self, envs, args):
+    def __init__(self, now, args):
         super().__init__()
-        self.args, n = args, envs.num_agents
-        self.policy = qmix.Recurrent(envs.obs_dim, args.hidden_dim, envs.num_actions)
-        self.utility = Utility(envs.obs_dim, envs.num_actions, args.hidden_dim)
-        self.mixer = smac.Mixer("qmix", n, envs.num_actions, envs.state_dim, args.mixer_dim)
+        self.args, (n, A) = args, now["avail"].shape[1:]
+        obs_dim, state_dim = now["obs"].shape[-1], now["state"].shape[-1]
+        self.policy = qmix.Recurrent(obs_dim, args.hidden_dim, A)
+        self.utility = Utility(obs_dim, A, args.hidden_dim)
+        self.mixer = smac.Mixer("qmix", n, state_dim, args.mixer_dim)
         nets = self.policy, self.utility, self.mixer
         self.target_policy, self.target_utility, self.target_mixer = copy.deepcopy(nets)
 
@@ -86,30 +89,29 @@ class Agent(nn.Module):
     def q_tot(utility, mixer, obs, state, actions):
         """[T, B] of one-hot (or straight-through) actions [T, B, n, A]."""
         chosen = utility(obs, actions).unsqueeze(-1)  # the mixer wants utilities times actions
-        return mixer(chosen, torch.ones_like(chosen), mixer.weights(state))
+        return mixer(chosen, torch.ones_like(chosen), state)
 
     def targets(self, batch):
         """TD(lambda) targets [T, B]; batch as Replay.sample makes it."""
-        obs, state = batch["obs"][1:], batch["state"][1:]
-        logits = qmix.whole_episodes(self.target_policy, batch["obs"], self.args.hidden_dim)[1:]
-        greedy = smac.masked_log_softmax(logits, batch["avail"][1:]).argmax(-1)
+        obs, state, args = batch["obs"], batch["state"], self.args
+        logits = qmix.whole_episodes(self.target_policy, obs, args.hidden_dim)
+        greedy = smac.masked_log_softmax(logits, batch["avail"]).argmax(-1)
         actions = qmix.one_hot(greedy, logits)
-        next_q = self.q_tot(self.target_utility, self.target_mixer, obs, state, actions)
-        ends = batch["terminated"], batch["done"]
-        return smac.td_lambda(batch["reward"], next_q, *ends, self.args.gamma, self.args.td_lambda)
+        q = self.q_tot(self.target_utility, self.target_mixer, obs, state, actions)
+        reward, next_q, done = batch["reward"], qmix.next_step(q), batch["done"]
+        return smac.td_lambda(reward, next_q, done, args.gamma, args.td_lambda)
 
     def learn(self, batch, optimizers, rng):
         """One update of the critic, then one of the actor; metrics."""
-        obs, state, valid = batch["obs"][:-1], batch["state"][:-1], batch["valid"]
-        actions = qmix.one_hot(batch["actions"], batch["avail"])
+        obs, state, avail, valid = (batch[key] for key in ("obs", "state", "avail", "valid"))
         with torch.no_grad():
             targets = self.targets(batch)
+        actions = qmix.one_hot(batch["actions"], avail)
         q = self.q_tot(self.utility, self.mixer, obs, state, actions)
         q_loss = smac.masked_mean((q - targets) ** 2, valid)
         q_norm = qmix.descend(q_loss, optimizers["q"], self.args)
         logits = qmix.whole_episodes(self.policy, obs, self.args.hidden_dim)
-        log_pi = smac.masked_log_softmax(logits, batch["avail"][:-1])
-        mu = smac.gumbel_softmax(log_pi, self.args.temperature, rng)
+        mu = smac.gumbel_softmax(smac.masked_log_softmax(logits, avail), rng)
         loss = -smac.masked_mean(self.q_tot(self.utility, self.mixer, obs, state, mu), valid)
         norm = qmix.descend(loss, optimizers["policy"], self.args)  # the critic's weights stay
         return dict(zip(self.metrics, (q_loss.detach(), q_norm, loss.detach(), norm)))
@@ -119,9 +121,12 @@ class Agent(nn.Module):
             getattr(self, f"target_{name}").load_state_dict(getattr(self, name).state_dict())
 
 
+train = functools.partial(qmix.train, agent_class=Agent)
+
+
 def main(argv=None):
     """As main() of maipg_smac.py."""
-    return qmix.main(argv, "facmac", __doc__, Args=Args, Agent=Agent)
+    return smac.main(argv, args_class=Args, resolve=qmix.resolve, train=train)
 
 
 if __name__ == "__main__":

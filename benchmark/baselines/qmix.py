@@ -3,8 +3,10 @@
     loss = mean over steps of (q_tot(s, a) - y)^2,   y = r + gamma q_tot'(s', argmax_a' Q(o', a'))
 
 with target networks q_tot' and double Q-learning: the online utilities choose a', the target ones
-judge it. Settings are EPyMARL's with PyMARL's recurrent utilities, one update per episode; rewards
-are not standardised. A utility sees its agent's observation and index, not the last action.
+judge it; y = r at an episode's end. A time limit is an end like others, as in MAPPO (PyMARL goes
+on there with q_tot'). Settings are EPyMARL's with PyMARL's recurrent utilities, one update per
+episode; rewards are not standardised. A utility sees its agent's observation and index, not the
+last action. Environments, evaluation, log and checkpoint are those of maipg_smac.py.
 
     python benchmark/baselines/qmix.py --map-name 2s3z
 """
@@ -12,15 +14,15 @@ are not standardised. A utility sees its agent's observation and index, not the 
 import collections
 import contextlib
 import copy
-import json
+import functools
+import math
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,70 +31,63 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import maipg_smac as smac  # noqa: E402
-from benchmark.baselines import run_variant  # noqa: E402
 
 
 @dataclass
 class Args:
-    # --- what to run
+    script: ClassVar[str] = "qmix"
+    # what to run
     map_name: str = "2s3z"  # SMAC map
-    backend: Literal["auto", "sc2", "smax"] = "auto"  # StarCraft II or SMAX; auto: sc2 if there
-    seed: int = 1  # of weights, exploration and games
-    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
-    threads: int = 2  # CPU threads of torch
+    backend: Literal["auto", "sc2", "smax"] = "auto"  # StarCraft II if it is there
+    seed: int = 1  # of all that is random
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # a GPU if there is one
+    threads: int = 1  # CPU threads of torch
     total_timesteps: int = 10_000_000  # environment steps
     resume: str = ""  # run folder to go on with; its replay begins empty
-    evaluate: str = ""  # run folder whose policy is to be evaluated
-    check: bool = False  # test the backend's set-up step by step, and stop
-    capture_video: bool = False  # with --evaluate: a gif (SMAX) or a replay (StarCraft II)
-    # --- learning
+    # learning
     num_envs: int = 8  # parallel games
     batch_episodes: int = 32  # episodes per update; one update per finished episode
     replay_episodes: int = 5000  # episodes that are kept
     hidden_dim: int = 64  # units per layer
     mixer_dim: int = 32  # units in the mixer and its hypernetworks
-    learning_rate: float = 5e-4  # Adam
+    learning_rate: float = 5e-4  # of Adam
     adam_eps: float = 1e-8  # Adam's epsilon
     gamma: float = 0.99  # discount
     epsilon_start: float = 1.0  # exploration at step 0 ...
     epsilon_end: float = 0.05  # ... and after epsilon_steps
     epsilon_steps: int = 50_000  # environment steps of the linear decay
     target_every: int = 200  # updates between copies to the target networks
-    max_grad_norm: float = 10.0
-    # --- evaluation and output
-    eval_every: int = 80_000  # environment steps between evaluations
+    max_grad_norm: float = 10.0  # per optimiser
+    # evaluation and output
+    eval_every: int = 80_000  # environment steps
     eval_episodes: int = 32  # greedy episodes per evaluation
     log_every: int = 2_000  # environment steps between rows of progress.csv
     checkpoint_every: int = 10  # rows of progress.csv
     runs_dir: str = "runs"  # where run folders are made
     track: bool = False  # log to Weights & Biases too
-    # --- StarCraft II
-    game_timeout: float = 120.0  # seconds after which a silent game is replaced
-    max_failures: int = 5  # failures of one game in a row that stop the run
-    backend_reason: str = field(init=False, default="")
+    # StarCraft II
+    game_timeout: float = 120.0  # seconds until a silent game has failed
 
 
-FRACTIONS = "gamma epsilon_start epsilon_end".split()
-SmacArgs, smac_resolve = smac.Args, smac.resolve  # main() puts ours in their place
+FRACTIONS = ["gamma", "epsilon_start", "epsilon_end", "td_lambda"]
 
 
 def resolve(args):
-    """Fill in backend and device. Raises UsageError: what is wrong, and what is valid."""
-    common = {f.name for f in fields(SmacArgs) if f.init} & {f.name for f in fields(args)}
-    shared = smac_resolve(SmacArgs(nu=0.0, **{name: getattr(args, name) for name in common}))
-    args = copy.copy(args)
-    for name in ("backend", "backend_reason", "device"):
-        setattr(args, name, getattr(shared, name))
-    for name, value in asdict(args).items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if name in FRACTIONS and not 0 <= value <= 1:
-            raise smac.UsageError(f"--{name.replace('_', '-')} {value}: must lie in [0, 1]")
-        if number and name not in [*FRACTIONS, "seed"] and not value > 0:
-            raise smac.UsageError(f"--{name.replace('_', '-')} {value}: must be positive")
+    """Fill in backend and device. Raises UsageError."""
+    values = asdict(args)
+    common = values.keys() & asdict(smac.Args()).keys()
+    shared = smac.resolve(smac.Args(**{name: values[name] for name in common}))
+    args.backend, args.device = shared.backend, shared.device
+    for name, value in values.items():
+        low, high = int(type(value) is int and name != "seed"), 1 if name in FRACTIONS else 1e9
+        if type(value) in (int, float) and not low <= value <= high:
+            raise smac.UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
+    if args.batch_episodes > args.replay_episodes:
+        raise smac.UsageError("--replay-episodes must not be less than --batch-episodes")
     return args
 
 
-# ----------------------------------------------------------------------------------------- networks
+# ---------- networks
 class Recurrent(nn.Module):
     """PyMARL's network: Linear, ReLU, GRU, Linear, in PyTorch's initialisation."""
 
@@ -123,16 +118,21 @@ def one_hot(index, like):
     return F.one_hot(index, like.shape[-1]).float()
 
 
+def next_step(x):
+    """x [T, ...] one step later; zeros after the last one."""
+    return torch.cat([x[1:], torch.zeros_like(x[:1])])
+
+
 class Agent(nn.Module):
     """`policy` holds the utilities Q_i, which act greedily; the mixer; a target copy of both."""
 
     metrics = ("losses/q", "diagnostics/q_grad_norm", "diagnostics/q_tot")
 
-    def __init__(self, envs, args):
+    def __init__(self, now, args):
         super().__init__()
-        self.args, n = args, envs.num_agents
-        self.policy = Recurrent(envs.obs_dim, args.hidden_dim, envs.num_actions)
-        self.mixer = smac.Mixer("qmix", n, envs.num_actions, envs.state_dim, args.mixer_dim)
+        self.args, (n, A) = args, now["avail"].shape[1:]
+        self.policy = Recurrent(now["obs"].shape[-1], args.hidden_dim, A)
+        self.mixer = smac.Mixer("qmix", n, now["state"].shape[-1], args.mixer_dim)
         self.target_policy, self.target_mixer = copy.deepcopy((self.policy, self.mixer))
 
     def groups(self):
@@ -148,18 +148,16 @@ class Agent(nn.Module):
         return torch.where(explore, uniform, greedy)
 
     def targets(self, batch, utilities):
-        """y [T, B] of double Q-learning; batch as `sample` makes it, utilities [T + 1, B, n, A]."""
-        later = whole_episodes(self.target_policy, batch["obs"], self.args.hidden_dim)[1:]
-        chosen = utilities.detach()[1:].masked_fill(~batch["avail"][1:], -torch.inf).argmax(-1)
-        weights = self.target_mixer.weights(batch["state"][1:])
-        next_q = self.target_mixer(later, one_hot(chosen, later), weights)
-        return batch["reward"] + self.args.gamma * next_q * ~batch["terminated"]
+        """y [T, B] of double Q-learning; batch as by Replay.sample, utilities [T, B, n, A]."""
+        judged = whole_episodes(self.target_policy, batch["obs"], self.args.hidden_dim)
+        chosen = utilities.detach().masked_fill(~batch["avail"], -torch.inf).argmax(-1)
+        q = self.target_mixer(judged, one_hot(chosen, judged), batch["state"])
+        return batch["reward"] + self.args.gamma * next_step(q) * ~batch["done"]
 
     def learn(self, batch, optimizers, rng):
         """One update on a batch of episodes; metrics."""
         utilities = whole_episodes(self.policy, batch["obs"], self.args.hidden_dim)
-        weights = self.mixer.weights(batch["state"][:-1])
-        q_tot = self.mixer(utilities[:-1], one_hot(batch["actions"], utilities), weights)
+        q_tot = self.mixer(utilities, one_hot(batch["actions"], utilities), batch["state"])
         with torch.no_grad():
             targets = self.targets(batch, utilities)
         loss = smac.masked_mean((q_tot - targets) ** 2, batch["valid"])
@@ -179,144 +177,167 @@ def descend(loss, optimizer, args):
     loss.backward(inputs=parameters)
     norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
     if not (loss.isfinite() and norm.isfinite()):  # before the weights are touched
-        raise smac.RunError("not finite: loss or gradient")
+        raise FloatingPointError("not finite: loss or gradient")
     optimizer.step()
     return norm
 
 
-# ------------------------------------------------------------------------------------------- replay
+# ---------- replay
 class Replay:
     """The last episodes, each a dict of tensors; and those that the games are in the midst of."""
 
     def __init__(self, args):
         self.episodes = collections.deque(maxlen=args.replay_episodes)
-        self.begun = [[] for _ in range(args.num_envs)]
         self.rng = random.Random(args.seed)
+        self.drop(args.num_envs)
 
-    def add(self, before, actions, reward, done, info):
-        """Take over a step of N games; before: (obs, state, avail). Ended episodes are stored."""
-        view = lambda obs, state, avail: {"obs": obs, "state": state[:, 0], "avail": avail}
-        row = view(*before) | {"actions": actions, "reward": reward}
-        row["terminated"] = done & ~info["truncated"]  # PyMARL bootstraps time limits
+    def drop(self, num_envs):
+        """Forget the episodes in the making: new games begin."""
+        self.begun = [[] for _ in range(num_envs)]
+
+    def add(self, seen, actions, reward, done):
+        """Take over a step of N games; seen: obs, state, avail before it. What ends is stored."""
+        row = {key: seen[key] for key in ("obs", "state", "avail")}
+        row |= {"actions": actions, "reward": reward, "done": done}
         for k, steps in enumerate(self.begun):
             steps.append({key: x[k] for key, x in row.items()})
         for k in done.nonzero().flatten().tolist():
             steps, self.begun[k] = self.begun[k], []
-            if not info["broken"][k]:
-                episode = {key: [step[key] for step in steps] for key in row}
-                for key, x in view(*info["final"]).items():
-                    episode[key].append(x[k])
-                self.episodes.append({key: torch.stack(x) for key, x in episode.items()})
+            self.episodes.append({key: torch.stack([s[key] for s in steps]) for key in row})
 
     def sample(self, count):
-        """`count` episodes, padded: obs, state, avail [T + 1, B, ...], actions [T, B, n], reward,
-        terminated, done, and valid (0 in the padding) [T, B]."""
+        """`count` episodes, padded: obs [T, B, n, O], state [T, B, S], avail [T, B, n, A], actions
+        [T, B, n], reward, done, valid (0 in the padding) [T, B]."""
         chosen = self.rng.sample(self.episodes, count)
         batch = {key: pad_sequence([e[key] for e in chosen]) for key in chosen[0]}
-        length = torch.tensor([len(e["reward"]) for e in chosen], device=batch["reward"].device)
-        time_left = length - torch.arange(len(batch["reward"]), device=length.device)[:, None]
-        return batch | {"valid": (time_left > 0).float(), "done": time_left <= 1}
+        length = torch.tensor([len(e["done"]) for e in chosen], device=batch["done"].device)
+        time = torch.arange(len(batch["done"]), device=length.device)[:, None]
+        return batch | {"valid": (time < length).float()}
 
 
-# ----------------------------------------------------------------------------------------- training
-def run_name(args):
-    return f"{args.backend}-{args.map_name}__{smac.SCRIPT}__s{args.seed}"
+# ---------- training
+def epsilon_at(step, args):
+    """Linear from epsilon_start to epsilon_end."""
+    left = max(0.0, 1 - step / args.epsilon_steps)
+    return args.epsilon_end + (args.epsilon_start - args.epsilon_end) * left
 
 
-def train(args, envs):
-    """Train until total_timesteps or a signal; go on with args.resume. Returns the exit code."""
+@torch.no_grad()
+def play(agent, envs, replay, now, epsilon, rng):
+    """One step of all games into the replay; (return, won) of the episodes that it ends."""
+    out, hidden = agent.policy(now["obs"][None], now["policy_hidden"], now["keep"][None])
+    actions = agent.act(out[0], now["avail"], epsilon, rng)
+    obs, state, avail, reward, done, won = envs.step(actions)
+    replay.add(now, actions, reward, done)
+    now["return"] = now["return"] * now["keep"] + reward
+    now.update(obs=obs, state=state, avail=avail, keep=1.0 - done.float())
+    now["policy_hidden"] = hidden[0]
+    return list(zip(now["return"][done].tolist(), won[done].tolist()))
+
+
+def averages(agent, history, ended):
+    """A row of metrics: means over updates and episodes, nan where there are none."""
+    names = [*agent.metrics, "charts/episodic_return", "charts/win_rate"]
+    metrics = dict.fromkeys([*names, *smac.EVALUATION], math.nan)
+    for key in agent.metrics if history else ():
+        metrics[key] = torch.stack([row[key] for row in history]).mean().item()
+    return metrics | {key: sum(x) / len(x) for key, x in zip(names[-2:], zip(*ended))}
+
+
+def train(args, envs, stopped=(), agent_class=Agent):
+    """Train until total_timesteps, or until there is a signal in `stopped`."""
     torch.manual_seed(args.seed)
-    agent = smac.Agent(envs, args).to(args.device)
+    saved, progress = {}, {"step": 0, "updates": 0, "rows": 0, "restarts": 0, "csv_size": 0}
+    if args.resume:
+        saved = smac.load_checkpoint(args.resume, type(args))
+        progress = saved["progress"]
+    # A resumed run begins new games: not those of its start.
+    now = smac.begin(envs, args.seed + progress["step"], args)
+    agent = agent_class(now, args).to(args.device)
     optimizers = {}
     for name, (networks, rate) in agent.groups().items():
         parameters = nn.ModuleList(networks).parameters()
         optimizers[name] = torch.optim.Adam(parameters, rate, eps=args.adam_eps)
     rng, replay = torch.Generator(args.device).manual_seed(args.seed), Replay(args)
-    seen = obs, _, avail = envs.reset()
-    hidden, keep = obs.new_zeros(*obs.shape[:2], args.hidden_dim), obs.new_zeros(args.num_envs)
-    done = {"step": 0, "updates": 0, "seconds": 0.0, "evaluations": []}
-    stateful = {"agent": agent, **optimizers}
+    ended = collections.deque(maxlen=100)  # (return, won) of the last episodes
+
     if args.resume:
-        folder, saved = Path(args.resume), smac.load_checkpoint(args.resume)
-        for name, part in stateful.items():
-            part.load_state_dict(saved[name])
+        folder = Path(args.resume)
+        agent.load_state_dict(saved["agent"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
         rng.set_state(saved["rng"])
-        done = saved["done"]
     else:
-        folder = smac.new_folder(args.runs_dir, smac.run_name(args))
-    (folder / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    print(f"run folder {folder}", flush=True)
+        name = f"{args.backend}-{args.map_name}__{args.script}__s{args.seed}"
+        folder = Path(args.runs_dir, f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.mkdir(parents=True)
+    log = smac.Log(folder, args, progress["step"], progress["csv_size"])
 
     def save():
-        parts = {name: part.state_dict() for name, part in stateful.items()}
-        parts |= {"script": smac.SCRIPT, "args": asdict(args), "done": done, "rng": rng.get_state()}
-        with smac.replacing(folder / "checkpoint.pt") as file:
-            torch.save(parts, file)
+        progress["csv_size"] = log.csv.tell()
+        states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+        parts = {"agent": agent.state_dict(), "optimizers": states, "rng": rng.get_state()}
+        smac.write_checkpoint(folder, args, parts | {"progress": progress})
 
-    log, rows = smac.Log(folder, args, done["step"]), 0
-    kept = collections.deque(maxlen=100)  # return, length, won of the last episodes
-    context = smac.stop_signals(), contextlib.closing(log), smac.saved_on(smac.GameError, save)
-    with context[0] as caught, context[1], context[2]:
-        while done["step"] < args.total_timesteps and not caught:
-            start, history, times = time.perf_counter(), [], collections.Counter()
-            first = done["step"]
-            while done["step"] - first < args.log_every and done["step"] < args.total_timesteps:
-                share = max(0.0, 1 - done["step"] / args.epsilon_steps)
-                epsilon = args.epsilon_end + (args.epsilon_start - args.epsilon_end) * share
-                with torch.no_grad():
-                    out, hiddens = agent.policy(obs[None], hidden, keep[None])
-                    actions = agent.act(out[0], avail, epsilon, rng)
-                before, clock = seen, time.perf_counter()
-                *seen, reward, over, info = envs.step(actions)
-                times["env"] += time.perf_counter() - clock
-                (obs, _, avail), hidden, keep = seen, hiddens[0], 1.0 - over.float()
-                replay.add(before, actions, reward, over, info)
-                done["step"] += args.num_envs
-                for k in (over & ~info["broken"]).nonzero().flatten().tolist():
-                    kept.append([info[key][k].item() for key in ("return", "length", "won")])
-                    if len(replay.episodes) < args.batch_episodes:
-                        continue
-                    clock = time.perf_counter()
-                    history.append(agent.learn(replay.sample(args.batch_episodes), optimizers, rng))
-                    done["updates"] += 1
-                    if done["updates"] % args.target_every == 0:
-                        agent.update_targets()
-                    times["update"] += time.perf_counter() - clock
-            seconds = time.perf_counter() - start
-            done["seconds"] += seconds
-            names = ("charts/episodic_return", "charts/episodic_length", "charts/win_rate")
-            metrics = dict.fromkeys(agent.metrics, float("nan"))  # before the first update
-            for key in agent.metrics if history else ():
-                metrics[key] = torch.stack([row[key] for row in history]).mean().item()
-            metrics |= dict(zip(names, np.mean(kept, 0) if kept else [float("nan")] * 3))
-            metrics |= {"charts/SPS": (done["step"] - first) / seconds, "charts/epsilon": epsilon}
-            metrics |= {"charts/env_restarts": envs.restarts}
-            metrics |= {f"time/{name}": times[name] / seconds for name in ("env", "update")}
-            last = done["step"] >= args.total_timesteps
-            if last or done["step"] // args.eval_every > first // args.eval_every:
-                with smac.evaluation_games(args, done["step"]) as games:
-                    evaluation = smac.evaluate(agent.policy, games, args)
-                done["evaluations"].append({"global_step": done["step"], **evaluation})
-                metrics |= evaluation
-            log.write(done["step"], metrics)
-            rows += 1
-            if last or caught or rows % args.checkpoint_every == 0:
+    def gather(end, attempt):
+        """Play until an episode has ended, or until step `end`; how many have ended. When a game
+        fails, the episodes in the making are thrown away, and new games begin."""
+        if attempt:
+            now.update(smac.begin(envs, args.seed + 100_003 * progress["restarts"], args))
+            replay.drop(args.num_envs)
+        over = []
+        while progress["step"] < end and not over:
+            epsilon = epsilon_at(progress["step"], args)
+            over = play(agent, envs, replay, now, epsilon, rng)
+            progress["step"] += args.num_envs
+        ended.extend(over)
+        return len(over)
+
+    def judge(attempt):
+        seed = 10**9 + args.seed + progress["step"] + attempt
+        with contextlib.closing(copy.copy(envs)) as games:
+            return smac.evaluate(agent.policy, games, seed, args, stopped)
+
+    def learn():
+        metrics = agent.learn(replay.sample(args.batch_episodes), optimizers, rng)
+        progress["updates"] += 1
+        if progress["updates"] % args.target_every == 0:
+            agent.update_targets()
+        return metrics
+
+    with log.writer, log.bar:
+        try:
+            while progress["step"] < args.total_timesteps and not stopped:
+                start, first, history = time.perf_counter(), progress["step"], []
+                end = min(first + args.log_every, args.total_timesteps)
+                while progress["step"] < end and not stopped:
+                    episodes = smac.with_retries(functools.partial(gather, end), progress)
+                    if len(replay.episodes) >= args.batch_episodes:
+                        history += [learn() for _ in range(episodes)]
+                seconds, step = time.perf_counter() - start, progress["step"]
+                metrics = averages(agent, history, ended)
+                metrics["charts/env_restarts"] = progress["restarts"]
+                metrics["charts/epsilon"] = epsilon_at(step, args)
+                metrics["charts/SPS"] = (step - first) / seconds
+                due = step // args.eval_every > first // args.eval_every
+                if due or step >= args.total_timesteps:
+                    log.bar.set_postfix_str("evaluating")
+                    metrics |= smac.with_retries(judge, progress)
+                log.write(step, metrics)
+                progress["rows"] += 1
+                if progress["rows"] % args.checkpoint_every == 0:
+                    save()
+        finally:
+            # Whatever ends the run, keep what is sound.
+            if not isinstance(sys.exception(), FloatingPointError | SystemExit):
                 save()
-    if caught:
-        print(f"stopped by signal {caught[0]} at step {done['step']:,}; --resume {folder} goes on")
-        return 128 + caught[0]
-    final = [evaluation["eval/win_rate"] for evaluation in done["evaluations"][-10:]]
-    result = {"final_win_rate": float(np.mean(final)), "averaged_evaluations": len(final), **done}
-    with smac.replacing(folder / "result.json") as file:
-        file.write(json.dumps(result | {"args": asdict(args)}, indent=2).encode())
-    print(f"win rate {result['final_win_rate']}, the mean of the last {len(final)} evaluations")
-    return 0
+    if stopped:
+        print(f"stopped at step {progress['step']:,}; --resume {folder} goes on")
 
 
-def main(argv=None, name="qmix", doc=__doc__, **parts):
+def main(argv=None):
     """As main() of maipg_smac.py."""
-    parts = {"Args": Args, "Agent": Agent, "resolve": resolve, "__doc__": doc} | parts
-    return run_variant("maipg_smac", name, argv, train=train, run_name=run_name, **parts)
+    return smac.main(argv, args_class=Args, resolve=resolve, train=train)
 
 
 if __name__ == "__main__":

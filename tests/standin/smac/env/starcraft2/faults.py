@@ -2,12 +2,12 @@
 
 STANDIN_SMAC_FAULTS: a JSON list such as [{"seed": 1000, "step": 7, "kind": "crash"}].
     kind      crash | hang | die | raise         in step()
-              crash_on_reset | dead_reset | no_launch   in reset()
+              crash_on_reset | dead_reset | no_launch | slow   in reset()
     seed      of the environments it happens to (absent: all)
     step      which step() call of the environment object, from 1 on (absent: every one)
     reset     which reset() call of the environment object, from 1 on (absent: every one)
     once      path of a marker file: happens only while the file does not exist, and makes it
-    seconds   how long a hang takes (absent: very long)
+    seconds   how long a hang or a slow reset takes (absent: very long)
     builtin   false: raise and no_launch raise what pysc2 does, an exception that is named
               ConnectionError but is not Python's (absent: a subclass of Python's)
 STANDIN_SMAC_LOG: a file to append JSON lines to: {"call", "pid", "seed", "max_reward", ...}, with
@@ -24,7 +24,7 @@ from smac.env.starcraft2 import protocol
 
 KINDS = {
     "step": ("crash", "hang", "die", "raise"),
-    "reset": ("crash_on_reset", "dead_reset", "no_launch"),
+    "reset": ("crash_on_reset", "dead_reset", "no_launch", "slow"),
 }
 OPTIONS = {"seed", "once", "seconds", "builtin", "kind"}
 

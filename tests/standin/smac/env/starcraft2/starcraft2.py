@@ -245,7 +245,7 @@ class StarCraft2Env:
         kind = fault.get("kind")
         if kind:
             self._log("fault", kind=kind, **{counter: count})
-        if kind == "hang":
+        if kind in ("hang", "slow"):
             time.sleep(fault.get("seconds", 1_000_000))
         self._error = faults.connection_error(fault, kind)
         return kind
