@@ -161,8 +161,8 @@ def gumbel_softmax(log_pi, rng):
 
 
 def deterministic_pg_loss(q_tot, q_scale):
-    """Second term of Eq. (10): minus the mean over steps of q_tot(s, mu(s)) [L, B], in A's unit.
-    Only mu carries a gradient: utilities and mixer are detached."""
+    """Second term of Eq. (10): minus the mean over steps of q_tot(s, mu(s)) [L, B]; q_scale makes
+    its unit that of A. The caller detaches utilities and mixer: only mu has a gradient."""
     return -q_tot.mean() * q_scale
 
 

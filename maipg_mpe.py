@@ -648,10 +648,11 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
                 values = torch.stack(list(metrics.values())).tolist()
                 metrics = dict(zip(metrics, values)) | dict.fromkeys(EVALUATION, math.nan)
                 metrics["charts/SPS"] = batch_steps / (time.perf_counter() - start)
-                step = progress["step"] = progress["step"] + batch_steps
+                step = progress["step"] + batch_steps
                 if step >= args.total_timesteps or step % args.eval_every < batch_steps:
                     log.bar.set_postfix_str("evaluating")
                     metrics |= judge()
+                progress["step"] = step
                 log.write(step, metrics)
                 if step // batch_steps % args.checkpoint_every == 0:
                     save()

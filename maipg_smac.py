@@ -612,10 +612,11 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
                 metrics = dict(zip(metrics, values)) | dict.fromkeys(EVALUATION, math.nan)
                 metrics["charts/env_restarts"] = progress["restarts"]
                 metrics["charts/SPS"] = batch_steps / (time.perf_counter() - start)
-                step = progress["step"] = progress["step"] + batch_steps
+                step = progress["step"] + batch_steps
                 if step >= args.total_timesteps or step % args.eval_every < batch_steps:
                     log.bar.set_postfix_str("evaluating")
                     metrics |= with_retries(judge, progress)
+                progress["step"] = step
                 log.write(step, metrics)
                 if step // batch_steps % args.checkpoint_every == 0:
                     save()
@@ -901,8 +902,7 @@ def main(argv=None, args_class=Args, resolve=resolve, train=train):
         for signum in [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]:
             if signal.getsignal(signum) != signal.SIG_IGN:  # by nohup
                 signal.signal(signum, stop)
-        envs_class = SC2Envs if args.backend == "sc2" else SMAXEnvs
-        with contextlib.closing(envs_class(args)) as envs:
+        with contextlib.closing((SC2Envs if args.backend == "sc2" else SMAXEnvs)(args)) as envs:
             train(args, envs, stopped)
         return 128 + stopped[0] if stopped else 0
     except (UsageError, GameError, FloatingPointError, OSError) as error:
