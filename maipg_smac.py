@@ -845,7 +845,7 @@ class SC2Envs:
                 rows.append(pipe.recv())
             except (EOFError, OSError) as error:
                 self.close()
-                raise GameError(f"game {k}: {error or 'its process ended'}") from None
+                raise GameError(f"game {k}: {str(error) or 'its process ended'}") from None
         obs, *others = (torch.as_tensor(np.stack(x)).to(self.args.device) for x in zip(*rows))
         index = torch.eye(obs.shape[1], device=obs.device).expand(len(obs), -1, -1)
         return torch.cat([obs, index], -1), *others
