@@ -610,12 +610,12 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
                 metrics["charts/win_rate"] = buffer["won"][buffer["done"]].float().mean()
                 values = torch.stack(list(metrics.values())).tolist()
                 metrics = dict(zip(metrics, values)) | dict.fromkeys(EVALUATION, math.nan)
-                metrics["charts/env_restarts"] = progress["restarts"]
                 metrics["charts/SPS"] = batch_steps / (time.perf_counter() - start)
                 step = progress["step"] + batch_steps
                 if step >= args.total_timesteps or step % args.eval_every < batch_steps:
                     log.bar.set_postfix_str("evaluating")
                     metrics |= with_retries(judge, progress)
+                metrics["charts/env_restarts"] = progress["restarts"]
                 progress["step"] = step
                 log.write(step, metrics)
                 if step // batch_steps % args.checkpoint_every == 0:
