@@ -11,7 +11,8 @@ LOSSES += " interpolate UsageError"
 TRAINER = LOSSES + " orthogonal Recurrent Mixer hypernetwork CompatibleCritic ValueNorm"
 TRAINER += " masked_log_softmax backward_sum gae td_lambda value_loss unroll critic_loss update"
 TRAINER += " descend write_checkpoint load_checkpoint"
-SHARED = {"maipg_matrix": LOSSES, "maipg_mpe": TRAINER}
+FOOTBALL = TRAINER + " Agent begin rollout estimate policy_losses with_retries"
+SHARED = {"maipg_matrix": LOSSES, "maipg_mpe": TRAINER, "maipg_grf": FOOTBALL}
 
 
 def blocks(script):
