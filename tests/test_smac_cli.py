@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -246,6 +247,12 @@ def test_importing_does_nothing_and_bad_input_in_a_process_of_its_own(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_track_without_wandb(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert call(TINY, f"--track --total-timesteps {STEP} --runs-dir {tmp_path}") in (1, 2)
+    assert "wandb" in the_error(capsys.readouterr().err)
+
+
 def test_help_names_every_flag_and_map(capsys):
     assert not call("--help")
     out = " ".join(capsys.readouterr().out.split())
@@ -468,7 +475,7 @@ def wait_for(happened, process):
 
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory):
-    """{name: (process, run folder, what it says)}: trainings without end that have a checkpoint."""
+    """(process, run folder, what it says) of trainings without end that have a checkpoint."""
     folders, found = [tmp_path_factory.mktemp(name) for name in ("kill", "nohup")], {}
     command = [sys.executable, str(SCRIPT), *TINY.split(), "--runs-dir"]
     with contextlib.ExitStack() as stack:
@@ -482,9 +489,7 @@ def victims(tmp_path_factory):
             found[folder] = process
         for folder, process in found.items():
             wait_for(lambda folder=folder: list(folder.glob("runs/*/checkpoint.pt")), process)
-        yield [
-            (process, *folder.glob("runs/*"), folder / "out") for folder, process in found.items()
-        ]
+        yield [(x, *folder.glob("runs/*"), folder / "out") for folder, x in found.items()]
 
 
 def test_a_run_in_use_is_refused_until_kill_9(victims, capsys):
@@ -547,10 +552,8 @@ def test_one_flipped_bit_is_refused(fresh):
     with zipfile.ZipFile(path) as file:
         for record in file.infolist():
             begin = record.header_offset
-            name, extra = (
-                int.from_bytes(good[begin + k : begin + k + 2], "little") for k in (26, 28)
-            )
-            begin += 30 + name + extra
+            lengths = good[begin + 26 : begin + 30]  # of the name and of the extra field
+            begin += 30 + sum(struct.unpack("<HH", lengths))
             spans.append(range(begin, begin + record.file_size))
             assert good[begin : begin + record.file_size] == file.read(record)
     inside = [rng.choice(span) for span in rng.sample([x for x in spans if x], 15)]

@@ -46,6 +46,9 @@ def standin(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     yield tmp_path
     forget_smac()
+    for log in tmp_path.rglob("log"):  # whatever a failed test has left
+        for pid in filter(alive, processes(log.parent)):
+            os.kill(pid, signal.SIGKILL)
     for number, handler in zip(SIGNALS, handlers):
         signal.signal(number, handler)
 
