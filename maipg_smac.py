@@ -557,7 +557,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
     now, buffer, rngs = begin(envs, args.seed, args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
-    # Runs that differ only in nu meet the same exploration noise.
+    # Runs that differ only in nu meet the same exploration.
     for k, name in enumerate(["explore", "gumbel", "shuffle"]):
         rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
     progress = {"step": 0, "restarts": 0, "csv_size": 0}
@@ -905,7 +905,7 @@ def main(argv=None, args_class=Args, resolve=resolve, train=train):
         with contextlib.closing((SC2Envs if args.backend == "sc2" else SMAXEnvs)(args)) as envs:
             train(args, envs, stopped)
         return 128 + stopped[0] if stopped else 0
-    except (UsageError, GameError, FloatingPointError, OSError) as error:
+    except (UsageError, GameError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 

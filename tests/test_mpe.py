@@ -461,7 +461,11 @@ def test_resume_is_bit_for_bit(words, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_that_is_stopped_goes_on(number, tmp_path):
     command = [sys.executable, str(SCRIPT), *TINY.split(), "--runs-dir", str(tmp_path)]
-    process = subprocess.Popen([*command, "--total-timesteps", "10000000"], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, "--total-timesteps", "10000000"],
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # if nohup runs the tests
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*/checkpoint.pt")):
         assert process.poll() is None and time.monotonic() < deadline

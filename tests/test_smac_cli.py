@@ -247,10 +247,10 @@ def test_importing_does_nothing_and_bad_input_in_a_process_of_its_own(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_track_without_wandb(tmp_path, monkeypatch, capsys):
+def test_track_without_wandb(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert call(TINY, f"--track --total-timesteps {STEP} --runs-dir {tmp_path}") in (1, 2)
-    assert "wandb" in the_error(capsys.readouterr().err)
+    assert "wandb" in the_error(capfd.readouterr().err)
 
 
 def test_help_names_every_flag_and_map(capsys):
