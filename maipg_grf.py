@@ -1,8 +1,8 @@
 """MAIPG on Google Research Football: Multi-Agent Interpolated Policy Gradients, in one file.
 
-MAPPO's policy gradient rests on sampled joint actions: unbiased, but noisy. MAIPG mixes in a
+MAPPO's policy gradient rests on sampled joint actions: little bias, but noisy. MAIPG mixes in a
 quieter one through a factorised critic q_tot, differentiated by the actions. nu trades bias
-against variance; nu = 0 is MAPPO, number for number. The policy ascends
+against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
 
     (1 - nu) * mean[min(r A, clip(r, 1 - eps, 1 + eps) A)]   `stochastic_pg_loss`      Eq. (3), (10)
       + nu   * mean[q_tot(s, mu(s))] * q_scale               `deterministic_pg_loss`   Eq. (10)
@@ -14,7 +14,7 @@ mu(s): pi's probabilities, the mean of a sampled action; or, by --mu gumbel, a s
     --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
                           `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
     --critic compatible   Proposition 5: q_tot is linear in the policy's own features, fitted
-                          to A by least squares. q_scale = 1 / live agents.
+                          to the team's A by least squares. q_scale = 1 / live agents.
 
 Axes: T steps in a rollout, N games, n agents, A actions, O observation, S state, H hidden units;
 L steps in a chunk, B chunks in a minibatch. `global_step` counts environment steps.
@@ -48,11 +48,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---------- settings
+# ------ settings
 # Agents of the paper's five scenarios, and of one that shows quickly that a policy learns to score.
 # Which players they steer is the engine's choice, and changes within an episode.
 SCENARIOS = {
@@ -68,9 +67,8 @@ SCENARIOS = {
 @dataclass
 class Args:
     script: ClassVar[str] = Path(__file__).stem
-    # what to run
     scenario: str = "academy_3_vs_1_with_keeper"  # of the academy, see above
-    seed: int = 1  # of all that is random
+    seed: int = 1  # of everything random
     device: Literal["auto", "cpu", "cuda"] = "auto"  # a GPU if there is one
     threads: int = 1  # CPU threads of torch
     total_timesteps: int = 25_000_000  # environment steps
@@ -80,9 +78,9 @@ class Args:
     critic: Literal["paper", "compatible"] = "paper"  # where q_tot is from
     mu: Literal["expectation", "gumbel"] = "expectation"  # the action in q_tot
     mixer: Literal["qmix", "vdn"] = "qmix"  # of the paper's critic
-    q_scale: Literal["advantage", "raw"] = "advantage"  # as above; or 1
+    q_scale: Literal["advantage", "raw"] = "advantage"  # paper's critic: as above, or 1
     td_lambda: float = 0.8  # paper's critic: of the targets of q_tot
-    target_tau: float = 0.05  # paper's critic: step of the target networks
+    target_tau: float = 0.05  # paper's critic: target networks' step per epoch
     forgetting: float = 0.75  # compatible critic: weight of earlier rollouts
     ridge: float = 0.001  # compatible critic: regularisation per row
     # MAPPO
@@ -105,12 +103,11 @@ class Args:
     checkpoint_every: int = 5  # updates
     runs_dir: str = "runs"  # where run folders are made
     track: bool = False  # log to Weights & Biases too
-    # processes
     num_workers: int | None = None  # that play the games; None: one per CPU core
-    game_timeout: float = 120.0  # seconds until a silent one has failed
+    game_timeout: float = 120.0  # seconds until a silent worker has failed
 
 
-EVALUATION = ["eval/win_rate", "eval/episodic_return"]
+EVALUATION = dict.fromkeys(["eval/win_rate", "eval/episodic_return"], math.nan)
 
 
 class UsageError(Exception):
@@ -143,7 +140,7 @@ def resolve(args):
     return args
 
 
-# ---------- networks
+# ------ networks
 def orthogonal(layer, gain=1.0):
     """MAPPO's initialisation: orthogonal weights, zero biases."""
     for x in layer.parameters():
@@ -197,15 +194,22 @@ class Mixer(nn.Module):
             self.b_1 = nn.Linear(state_dim, dim)
             self.w_2 = hypernetwork(state_dim, dim, dim)
 
-    def forward(self, utilities, actions, state):
-        """utilities, actions (or probabilities) [..., n, A], state [..., S] -> q_tot [...]."""
-        chosen, s = (utilities * actions).sum(-1), self.norm(state)
+    def weights(self, state):
+        """What q_tot takes from the state [..., S]: computed once, for all actions."""
+        s = self.norm(state)
         value = self.value(s).squeeze(-1)
         if self.kind == "vdn":
-            return chosen.sum(-1) + value
-        w_1 = self.w_1(s).abs().unflatten(-1, (chosen.shape[-1], -1))
-        hidden = F.elu((chosen.unsqueeze(-2) @ w_1).squeeze(-2) + self.b_1(s))
-        return (hidden * self.w_2(s).abs()).sum(-1) + value
+            return [value]
+        return [value, self.w_1(s).abs(), self.b_1(s), self.w_2(s).abs()]
+
+    def forward(self, utilities, actions, weights):
+        """utilities, actions (or probabilities) [..., n, A] -> q_tot [...]."""
+        chosen = (utilities * actions).sum(-1)
+        if self.kind == "vdn":
+            return chosen.sum(-1) + weights[0]
+        value, w_1, b_1, w_2 = weights
+        mixed = chosen.unsqueeze(-2) @ w_1.unflatten(-1, (chosen.shape[-1], -1))
+        return (F.elu(mixed.squeeze(-2) + b_1) * w_2).sum(-1) + value
 
 
 def hypernetwork(state_dim, dim, out_dim):
@@ -278,7 +282,7 @@ class Agent(nn.Module):
             self.compatible = CompatibleCritic(dim + 1, A, args.forgetting, args.ridge)
 
 
-# ---------- estimators and losses
+# ------ estimators and losses
 def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
@@ -352,7 +356,7 @@ def value_loss(values, targets, old_values, clip_eps):
     return torch.max(loss, clipped_loss).mean()
 
 
-# ---------- rollout and targets
+# ------ rollout and targets
 def begin(envs, seed, args):
     """New games: what is seen now, and each network's hidden state."""
     obs, state, avail = envs.reset(seed)
@@ -364,19 +368,19 @@ def begin(envs, seed, args):
 
 
 @torch.no_grad()
-def rollout(policy, envs, buffer, now, rng, args):
-    """Play T steps of the stochastic policy into the buffer, {name: [T + 1, N, ...]}.
+def rollout(policy, envs, buffer, now, steps, rng=None):
+    """Play T steps into the buffer, {name: [T + 1, N, ...]}; without rng, greedily.
 
     Of each state: obs [n, O], state [S], avail [n, A], keep (0: an episode begins), policy_hidden
     [n, H] before the step, log_pi [n, A]. Of each step (none in row T): actions [n, A], one-hot;
     reward, done (victory, defeat, time limit), won, return (of the episode so far).
     """
-    for t in range(args.rollout_steps + 1):
+    for t in range(steps + 1):
         logits, hidden = policy(now["obs"][None], now["policy_hidden"], now["keep"][None])
         row = {key: now[key] for key in ("obs", "state", "avail", "keep", "policy_hidden")}
         row["log_pi"] = masked_log_softmax(logits[0], now["avail"])
-        if t < args.rollout_steps:
-            actions = gumbel_max(row["log_pi"], rng).argmax(-1)
+        if t < steps:
+            actions = (gumbel_max(row["log_pi"], rng) if rng else row["log_pi"]).argmax(-1)
             row["actions"] = F.one_hot(actions, logits.shape[-1]).float()
             obs, state, avail, row["reward"], row["done"], row["won"] = envs.step(actions)
             row["return"] = now["return"] = now["return"] * now["keep"] + row["reward"]
@@ -384,7 +388,7 @@ def rollout(policy, envs, buffer, now, rng, args):
             now["policy_hidden"] = hidden[0]
         for key, value in row.items():
             if key not in buffer:
-                buffer[key] = value.new_zeros(args.rollout_steps + 1, *value.shape)
+                buffer[key] = value.new_zeros(steps + 1, *value.shape)
             buffer[key][t] = value
 
 
@@ -421,15 +425,16 @@ def estimate(agent, buffer, now, args):
     # Q of Algorithm 1: TD(lambda) targets at argmax pi, which Section 2.1 calls mu.
     if agent.second == "paper":
         utilities, _ = unroll(agent.target_q.utility, "target_hidden", buffer, now)
+        weights = agent.target_q.mixer.weights(buffer["state"])
         greedy = F.one_hot(buffer["log_pi"].argmax(-1), pi.shape[-1])
-        next_q = agent.target_q.mixer(utilities, greedy, buffer["state"])[1:]
+        next_q = agent.target_q.mixer(utilities, greedy, weights)[1:]
         next_q = next_q * agent.q_norm.std + agent.q_norm.mean
         batch["q_targets"] = td_lambda(reward, next_q, done, args.gamma, args.td_lambda)
 
-        utility, mixer, state = agent.q.utility, agent.q.mixer, batch["state"]
-        utilities, batch["utility_hidden"] = unroll(utility, "utility_hidden", buffer, now)
-        q = mixer(utilities[:-1], batch["actions"], state) - mixer(utilities[:-1], pi, state)
-        q = q * agent.q_norm.std / (sigma_a + 1e-5)
+        mixer, weights = agent.q.mixer, agent.q.mixer.weights(batch["state"])
+        utilities, hidden = unroll(agent.q.utility, "utility_hidden", buffer, now)
+        q = mixer(utilities[:-1], batch["actions"], weights) - mixer(utilities[:-1], pi, weights)
+        batch["utility_hidden"], q = hidden, q * agent.q_norm.std / (sigma_a + 1e-5)
 
     # Q of Proposition 5: least squares on what the policy has acted on, and 1.
     if agent.second == "compatible":
@@ -453,7 +458,7 @@ def estimate(agent, buffer, now, args):
     return batch, metrics
 
 
-# ---------- update
+# ------ update
 def policy_losses(agent, batch, sigma_a, rng, args):
     """({network: loss} of policy and q, metrics) of chunks [L, B, ...]. Updates q_norm."""
     obs, state, keep = batch["obs"], batch["state"], batch["keep"]
@@ -473,12 +478,12 @@ def policy_losses(agent, batch, sigma_a, rng, args):
         q_tot = (batch["utilities"] * mu).sum((-2, -1))
     if agent.second == "paper":
         utilities, _ = agent.q.utility(obs, batch["utility_hidden"][0], keep, state)
-        q_taken = agent.q.mixer(utilities, actions, state)
+        weights = agent.q.mixer.weights(state)
+        q_taken = agent.q.mixer(utilities, actions, weights)
         agent.q_norm.update(batch["q_targets"])
         targets = (batch["q_targets"] - agent.q_norm.mean) / agent.q_norm.std
         losses["q"] = F.huber_loss(q_taken, targets, delta=10.0)
-        frozen = {name: x.detach() for name, x in agent.q.mixer.named_parameters()}
-        q_tot = functional_call(agent.q.mixer, frozen, (utilities.detach(), mu, state))
+        q_tot = agent.q.mixer(utilities.detach(), mu, [w.detach() for w in weights])
         q_tot = q_tot * agent.q_norm.std
         q_scale = 1 if args.q_scale == "raw" else q_scale / (sigma_a + 1e-5)
     if args.nu > 0:
@@ -542,7 +547,7 @@ def descend(agent, optimizer, losses, args):
     return metrics
 
 
-# ---------- training
+# ------ training
 def with_retries(play, progress):
     """play(attempt); after a GameError once more, in new games."""
     for attempt in range(5):
@@ -560,7 +565,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
     now, buffer, rngs = begin(envs, args.seed, args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
-    # Separate streams: runs that differ only in nu meet the same exploration noise.
+    # Runs that differ only in nu meet the same exploration.
     for k, name in enumerate(["explore", "gumbel", "shuffle"]):
         rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
     progress = {"step": 0, "restarts": 0, "csv_size": 0}
@@ -571,7 +576,8 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         optimizer.load_state_dict(saved["optimizer"])
         for name, rng in rngs.items():
             rng.set_state(saved["rngs"][name])
-        progress = saved["progress"]  # games begin anew
+        # Games begin anew.
+        progress = saved["progress"]
     else:
         second = {"none": "", "paper": f"__{args.mixer}", "compatible": "__compatible"}
         name = f"{args.scenario}__{args.script}__nu{args.nu:g}{second[agent.second]}"
@@ -588,12 +594,21 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
     def play(attempt):
         if attempt:
             now.update(begin(envs, args.seed + 100_003 * progress["restarts"], args))
-        rollout(agent.policy, envs, buffer, now, rngs["explore"], args)
+        rollout(agent.policy, envs, buffer, now, args.rollout_steps, rngs["explore"])
 
     def judge(attempt):
         seed = 10**9 + args.seed + progress["step"] + attempt
         with contextlib.closing(copy.copy(envs)) as games:
             return evaluate(agent.policy, games, seed, args, stopped)
+
+    def report(step, metrics):
+        try:
+            if step >= args.total_timesteps or step % args.eval_every < batch_steps:
+                log.bar.set_postfix_str("evaluating")
+                metrics |= with_retries(judge, progress)
+        finally:
+            metrics["charts/env_restarts"] = progress["restarts"]
+            log.write(step, metrics)
 
     batch_steps = args.num_envs * args.rollout_steps
     with log.writer, log.bar:
@@ -606,17 +621,11 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
                 metrics |= update(agent, optimizer, batch, sigma_a, rngs, args)
                 metrics["charts/episodic_return"] = buffer["return"][buffer["done"]].mean()
                 metrics["charts/win_rate"] = buffer["won"][buffer["done"]].float().mean()
-                values = torch.stack(list(metrics.values())).tolist()
-                metrics = dict(zip(metrics, values)) | dict.fromkeys(EVALUATION, math.nan)
+                metrics = {key: x.item() for key, x in metrics.items()} | EVALUATION
                 metrics["charts/SPS"] = batch_steps / (time.perf_counter() - start)
-                step = progress["step"] + batch_steps
-                if step >= args.total_timesteps or step % args.eval_every < batch_steps:
-                    log.bar.set_postfix_str("evaluating")
-                    metrics |= with_retries(judge, progress)
-                metrics["charts/env_restarts"] = progress["restarts"]
-                progress["step"] = step
-                log.write(step, metrics)
-                if step // batch_steps % args.checkpoint_every == 0:
+                progress["step"] += batch_steps
+                report(progress["step"], metrics)
+                if progress["step"] // batch_steps % args.checkpoint_every == 0:
                     save()
         finally:
             # Whatever ends the run, keep what is sound.
@@ -626,31 +635,24 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         print(f"stopped at step {progress['step']:,}; --resume {folder} goes on")
 
 
-# ---------- evaluation
-@torch.no_grad()
+# ------ evaluation
 def evaluate(policy, envs, seed, args, stopped=()):
     """Win rate (a goal is scored) over greedy episodes, each by its own flag. Every game plays its
     share: the first to end would favour the short ones."""
-    obs, _, avail = envs.reset(seed)
-    share = math.ceil(args.eval_episodes / len(obs))
-    hidden, keep = obs.new_zeros(*obs.shape[:2], args.hidden_dim), obs.new_zeros(len(obs))
-    total, played, wins, returns = keep.clone(), keep.clone(), [], []
+    now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
+    played, buffer, wins, returns = now["keep"], {}, [], []
     while (played < share).any() and not stopped:
-        logits, hiddens = policy(obs[None], hidden, keep[None])
-        actions = masked_log_softmax(logits[0], avail).argmax(-1)
-        obs, _, avail, reward, done, won = envs.step(actions)
-        total = total * keep + reward
-        hidden, keep = hiddens[0], 1.0 - done.float()
-        counted = done & (played < share)
-        played += counted
-        wins += won[counted].tolist()
-        returns += total[counted].tolist()
-    if stopped:
-        return {}
-    return dict(zip(EVALUATION, (float(np.mean(wins)), float(np.mean(returns)))))
+        rollout(policy, envs, buffer, now, steps=25)
+        number = played + buffer["done"].cumsum(0)
+        counted = buffer["done"] & (number <= share)
+        wins += buffer["won"][counted].tolist()
+        returns += buffer["return"][counted].tolist()
+        played = number[-1]
+    # A stop skips this evaluation.
+    return {} if stopped else dict(zip(EVALUATION, (np.mean(wins), np.mean(returns))))
 
 
-# ---------- log and checkpoint
+# ------ log and checkpoint
 class Log:
     """TensorBoard, progress.csv, a progress bar (off a terminal, a line every 30 s)."""
 
@@ -709,11 +711,10 @@ def load_checkpoint(folder, args_class=Args):
         args_class(**checkpoint["args"])
         return checkpoint
     except Exception as error:
-        why = repr(str(error)[:99])
-        raise UsageError(f"{path} is no checkpoint of {args_class.script}: {why}") from None
+        raise UsageError(f"{path} is no checkpoint of {args_class.script}: {error!r:.99}") from None
 
 
-# ---------- environments
+# ------ environments
 # N games behind one interface, tensors on the training device:
 #     obs, state, avail = envs.reset(seed)      # new games: [N, n, O], [N, S], bool [N, n, A]
 #     obs, state, avail, reward, done, won = envs.step(actions)         # the last three [N]
@@ -818,7 +819,7 @@ class FootballEnvs:
                 os.killpg(worker.pid, signal.SIGKILL)
 
 
-# ---------- main
+# ------ main
 def parse(argv, args_class=Args):
     """Args of a command line; --resume takes most of them from its folder."""
     names = f"\n\nscenarios: {' '.join(SCENARIOS)}"

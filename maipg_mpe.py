@@ -1,8 +1,8 @@
 """MAIPG on particle worlds: Multi-Agent Interpolated Policy Gradients, in one file.
 
-MAPPO's policy gradient rests on sampled joint actions: unbiased, but noisy. MAIPG mixes in a
+MAPPO's policy gradient rests on sampled joint actions: little bias, but noisy. MAIPG mixes in a
 quieter one through a factorised critic q_tot, differentiated by the actions. nu trades bias
-against variance; nu = 0 is MAPPO, number for number. The policy ascends
+against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
 
     (1 - nu) * mean[min(r A, clip(r, 1 - eps, 1 + eps) A)]   `stochastic_pg_loss`      Eq. (3), (10)
       + nu   * mean[q_tot(s, mu(s))] * q_scale               `deterministic_pg_loss`   Eq. (10)
@@ -14,7 +14,7 @@ mu(s): pi's mean: its probabilities, or a Gaussian's mean; or, by --mu gumbel, a
     --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
                           `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
     --critic compatible   Proposition 5: q_tot is linear in the policy's own features, fitted
-                          to A by least squares. q_scale = 1 / live agents.
+                          to the team's A by least squares. q_scale = 1 / live agents.
                           For continuous actions, Proposition 6.
 
 Axes: T steps in a rollout, N games, n agents, A actions (or their dimensions), O observation,
@@ -51,7 +51,6 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.distributions import Independent, Normal, OneHotCategorical
-from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -60,7 +59,6 @@ from tqdm import tqdm
 @dataclass
 class Args:
     script: ClassVar[str] = Path(__file__).stem
-    # what to run
     scenario: Literal["spread", "line", "formation"] = "spread"  # task of the particle worlds
     num_agents: Literal[2, 3, 4, 5, 6, 7, 8, 9, 10] = 5  # in the world
     continuous: bool = False  # actions: forces, of a Gaussian policy, instead of five moves
@@ -77,7 +75,7 @@ class Args:
     mixer: Literal["qmix", "vdn", "joint"] = "qmix"  # of the paper's critic
     q_scale: Literal["advantage", "raw"] = "advantage"  # paper's critic: as above, or 1
     td_lambda: float = 0.8  # paper's critic: of the targets of q_tot
-    target_tau: float = 0.05  # paper's critic: step of the target networks
+    target_tau: float = 0.05  # paper's critic: target networks' step per epoch
     forgetting: float = 0.75  # compatible critic: weight of earlier rollouts
     ridge: float = 0.001  # compatible critic: regularisation per row
     # MAPPO
@@ -102,7 +100,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too
 
 
-EVALUATION = ["eval/episodic_return"]
+EVALUATION = {"eval/episodic_return": math.nan}
 
 
 class UsageError(Exception):
@@ -194,15 +192,22 @@ class Mixer(nn.Module):
             self.b_1 = nn.Linear(state_dim, dim)
             self.w_2 = hypernetwork(state_dim, dim, dim)
 
-    def forward(self, utilities, actions, state):
-        """utilities, actions (or probabilities) [..., n, A], state [..., S] -> q_tot [...]."""
-        chosen, s = (utilities * actions).sum(-1), self.norm(state)
+    def weights(self, state):
+        """What q_tot takes from the state [..., S]: computed once, for all actions."""
+        s = self.norm(state)
         value = self.value(s).squeeze(-1)
         if self.kind == "vdn":
-            return chosen.sum(-1) + value
-        w_1 = self.w_1(s).abs().unflatten(-1, (chosen.shape[-1], -1))
-        hidden = F.elu((chosen.unsqueeze(-2) @ w_1).squeeze(-2) + self.b_1(s))
-        return (hidden * self.w_2(s).abs()).sum(-1) + value
+            return [value]
+        return [value, self.w_1(s).abs(), self.b_1(s), self.w_2(s).abs()]
+
+    def forward(self, utilities, actions, weights):
+        """utilities, actions (or probabilities) [..., n, A] -> q_tot [...]."""
+        chosen = (utilities * actions).sum(-1)
+        if self.kind == "vdn":
+            return chosen.sum(-1) + weights[0]
+        value, w_1, b_1, w_2 = weights
+        mixed = chosen.unsqueeze(-2) @ w_1.unflatten(-1, (chosen.shape[-1], -1))
+        return (F.elu(mixed.squeeze(-2) + b_1) * w_2).sum(-1) + value
 
 
 def hypernetwork(state_dim, dim, out_dim):
@@ -218,11 +223,13 @@ class JointMixer(nn.Module):
         inputs = hypernetwork(state_dim + num_agents * (num_actions + 1), dim, dim)
         self.q = nn.Sequential(inputs, nn.ReLU(), nn.Linear(dim, 1))
 
-    def forward(self, utilities, actions, state):
+    def weights(self, state):
+        return [self.norm(state)]
+
+    def forward(self, utilities, actions, weights):
         """As above."""
-        chosen = (utilities * actions).sum(-1)
-        inputs = torch.cat([self.norm(state), actions.flatten(-2), chosen], -1)
-        return self.q(inputs).squeeze(-1)
+        inputs = [*weights, actions.flatten(-2), (utilities * actions).sum(-1)]
+        return self.q(torch.cat(inputs, -1)).squeeze(-1)
 
 
 class ContinuousMixer(nn.Module):
@@ -233,10 +240,13 @@ class ContinuousMixer(nn.Module):
         self.mixer = mixer
         self.embed = nn.Sequential(nn.Linear(num_actions, dim), nn.ELU(), nn.Linear(dim, dim))
 
-    def forward(self, utilities, actions, state):
-        """utilities [..., n, H], actions [..., n, A], state [..., S] -> q_tot [...]."""
+    def weights(self, state):
+        return self.mixer.weights(state)
+
+    def forward(self, utilities, actions, weights):
+        """utilities [..., n, H], actions [..., n, A] -> q_tot [...]."""
         # Beyond the bounds the environment clips them.
-        return self.mixer(utilities, self.embed(actions.clamp(-1, 1)), state)
+        return self.mixer(utilities, self.embed(actions.clamp(-1, 1)), weights)
 
 
 class CompatibleCritic(nn.Module):
@@ -301,10 +311,9 @@ class Agent(nn.Module):
             # The small gain: a utility starts indifferent between actions.
             width = dim if args.continuous else A
             utility = Recurrent(obs_dim, dim, width, 0.01, state_dim)
+            mixer = Mixer(args.mixer, n, state_dim, dim)
             if args.mixer == "joint":
                 mixer = JointMixer(n, width, state_dim, dim)
-            else:
-                mixer = Mixer(args.mixer, n, state_dim, dim)
             if args.continuous:
                 mixer = ContinuousMixer(mixer, A, dim)
             self.q = nn.ModuleDict({"utility": utility, "mixer": mixer})
@@ -338,8 +347,7 @@ def distribution(policy, out, avail):
 def sample(pi, rng):
     """Actions of pi, [..., A]."""
     if isinstance(pi, OneHotCategorical):
-        actions = gumbel_max(pi.logits, rng).argmax(-1)
-        return F.one_hot(actions, pi.logits.shape[-1]).float()
+        return F.one_hot(gumbel_max(pi.logits, rng).argmax(-1), pi.logits.shape[-1]).float()
     return pi.mean + pi.stddev * torch.empty_like(pi.mean).normal_(generator=rng)
 
 
@@ -415,20 +423,20 @@ def begin(envs, seed, args):
 
 
 @torch.no_grad()
-def rollout(policy, envs, buffer, now, rng, args):
-    """Play T steps of the stochastic policy into the buffer, {name: [T + 1, N, ...]}.
+def rollout(policy, envs, buffer, now, steps, rng=None):
+    """Play T steps into the buffer, {name: [T + 1, N, ...]}; without rng, greedily.
 
     Of each state: obs [n, O], state [S], avail [n, A], keep (0: an episode begins), policy_hidden
     [n, H] before the step, mean and mode of pi [n, A]. Of each step (none in row T): actions
     [n, A], log_probs [n]; reward, done (the time limit), return (of the episode so far).
     """
-    for t in range(args.rollout_steps + 1):
+    for t in range(steps + 1):
         out, hidden = policy(now["obs"][None], now["policy_hidden"], now["keep"][None])
         row = {key: now[key] for key in ("obs", "state", "avail", "keep", "policy_hidden")}
         pi = distribution(policy, out[0], now["avail"])
         row["mean"], row["mode"] = pi.mean, pi.mode
-        if t < args.rollout_steps:
-            actions = row["actions"] = sample(pi, rng)
+        if t < steps:
+            actions = row["actions"] = sample(pi, rng) if rng else pi.mode
             row["log_probs"] = pi.log_prob(actions)
             obs, state, avail, row["reward"], row["done"] = envs.step(actions)
             row["return"] = now["return"] = now["return"] * now["keep"] + row["reward"]
@@ -436,7 +444,7 @@ def rollout(policy, envs, buffer, now, rng, args):
             now["policy_hidden"] = hidden[0]
         for key, value in row.items():
             if key not in buffer:
-                buffer[key] = value.new_zeros(args.rollout_steps + 1, *value.shape)
+                buffer[key] = value.new_zeros(steps + 1, *value.shape)
             buffer[key][t] = value
 
 
@@ -472,14 +480,15 @@ def estimate(agent, buffer, now, args):
     # Q of Algorithm 1: TD(lambda) targets at argmax pi, which Section 2.1 calls mu.
     if agent.second == "paper":
         utilities, _ = unroll(agent.target_q.utility, "target_hidden", buffer, now)
-        next_q = agent.target_q.mixer(utilities, buffer["mode"], buffer["state"])[1:]
+        weights = agent.target_q.mixer.weights(buffer["state"])
+        next_q = agent.target_q.mixer(utilities, buffer["mode"], weights)[1:]
         next_q = next_q * agent.q_norm.std + agent.q_norm.mean
         batch["q_targets"] = td_lambda(reward, next_q, done, args.gamma, args.td_lambda)
 
-        utility, mixer, state = agent.q.utility, agent.q.mixer, batch["state"]
-        utilities, batch["utility_hidden"] = unroll(utility, "utility_hidden", buffer, now)
-        q = mixer(utilities[:-1], batch["actions"], state) - mixer(utilities[:-1], pi, state)
-        q = q * agent.q_norm.std / (sigma_a + 1e-5)
+        mixer, weights = agent.q.mixer, agent.q.mixer.weights(batch["state"])
+        utilities, hidden = unroll(agent.q.utility, "utility_hidden", buffer, now)
+        q = mixer(utilities[:-1], batch["actions"], weights) - mixer(utilities[:-1], pi, weights)
+        batch["utility_hidden"], q = hidden, q * agent.q_norm.std / (sigma_a + 1e-5)
 
     # Q of Proposition 5: least squares on what the policy has acted on, and 1.
     if agent.second == "compatible":
@@ -523,12 +532,14 @@ def policy_losses(agent, batch, sigma_a, rng, args):
         q_tot = (batch["utilities"] * mu).sum((-2, -1))
     if agent.second == "paper":
         utilities, _ = agent.q.utility(obs, batch["utility_hidden"][0], keep, state)
-        q_taken = agent.q.mixer(utilities, actions, state)
+        weights = agent.q.mixer.weights(state)
+        q_taken = agent.q.mixer(utilities, actions, weights)
         agent.q_norm.update(batch["q_targets"])
         targets = (batch["q_targets"] - agent.q_norm.mean) / agent.q_norm.std
         losses["q"] = F.huber_loss(q_taken, targets, delta=10.0)
-        frozen = {name: x.detach() for name, x in agent.q.mixer.named_parameters()}
-        q_tot = functional_call(agent.q.mixer, frozen, (utilities.detach(), mu, state))
+        agent.q.requires_grad_(False)
+        q_tot = agent.q.mixer(utilities.detach(), mu, [w.detach() for w in weights])
+        agent.q.requires_grad_(True)
         q_tot = q_tot * agent.q_norm.std
         q_scale = 1 if args.q_scale == "raw" else q_scale / (sigma_a + 1e-5)
     if args.nu > 0:
@@ -599,7 +610,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
     now, buffer, rngs = begin(envs, args.seed, args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
-    # Runs that differ only in nu meet the same exploration noise.
+    # Runs that differ only in nu meet the same exploration.
     for k, name in enumerate(["explore", "gumbel", "shuffle"]):
         rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
     progress = {"step": 0, "csv_size": 0}
@@ -630,31 +641,31 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         parts["games"] = None if args.env_id else envs.state_dict()
         write_checkpoint(folder, args, parts | {"now": now, "progress": progress})
 
-    def judge():
-        seed = 10**9 + args.seed + progress["step"]
-        with contextlib.closing(copy.copy(envs)) as games:
-            return evaluate(agent.policy, games, seed, args, stopped)
+    def report(step, metrics):
+        try:
+            if step >= args.total_timesteps or step % args.eval_every < batch_steps:
+                log.bar.set_postfix_str("evaluating")
+                seed = 10**9 + args.seed + step
+                with contextlib.closing(copy.copy(envs)) as games:
+                    metrics |= evaluate(agent.policy, games, seed, args, stopped)
+        finally:
+            log.write(step, metrics)
 
     batch_steps = args.num_envs * args.rollout_steps
     with log.writer, log.bar:
         try:
             while progress["step"] < args.total_timesteps and not stopped:
                 start = time.perf_counter()
-                rollout(agent.policy, envs, buffer, now, rngs["explore"], args)
+                rollout(agent.policy, envs, buffer, now, args.rollout_steps, rngs["explore"])
                 batch, metrics = estimate(agent, buffer, now, args)
                 sigma_a = metrics["diagnostics/sigma_a"]
                 metrics |= update(agent, optimizer, batch, sigma_a, rngs, args)
                 metrics["charts/episodic_return"] = buffer["return"][buffer["done"]].mean()
-                values = torch.stack(list(metrics.values())).tolist()
-                metrics = dict(zip(metrics, values)) | dict.fromkeys(EVALUATION, math.nan)
+                metrics = {key: x.item() for key, x in metrics.items()} | EVALUATION
                 metrics["charts/SPS"] = batch_steps / (time.perf_counter() - start)
-                step = progress["step"] + batch_steps
-                if step >= args.total_timesteps or step % args.eval_every < batch_steps:
-                    log.bar.set_postfix_str("evaluating")
-                    metrics |= judge()
-                progress["step"] = step
-                log.write(step, metrics)
-                if step // batch_steps % args.checkpoint_every == 0:
+                progress["step"] += batch_steps
+                report(progress["step"], metrics)
+                if progress["step"] // batch_steps % args.checkpoint_every == 0:
                     save()
         finally:
             # Whatever ends the run, keep what is sound.
@@ -665,26 +676,18 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
 
 
 # ------ evaluation
-@torch.no_grad()
 def evaluate(policy, envs, seed, args, stopped=()):
     """Mean return of greedy episodes. Every game plays its share: the first to end would favour
     the short ones."""
-    obs, _, avail = envs.reset(seed)
-    share = math.ceil(args.eval_episodes / len(obs))
-    hidden, keep = obs.new_zeros(*obs.shape[:2], args.hidden_dim), obs.new_zeros(len(obs))
-    total, played, returns = keep.clone(), keep.clone(), []
+    now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
+    played, buffer, returns = now["keep"], {}, []
     while (played < share).any() and not stopped:
-        out, hiddens = policy(obs[None], hidden, keep[None])
-        actions = distribution(policy, out[0], avail).mode
-        obs, _, avail, reward, done = envs.step(actions)
-        total = total * keep + reward
-        hidden, keep = hiddens[0], 1.0 - done.float()
-        counted = done & (played < share)
-        played += counted
-        returns += total[counted].tolist()
-    if stopped:
-        return {}
-    return dict(zip(EVALUATION, [float(np.mean(returns))]))
+        rollout(policy, envs, buffer, now, steps=25)
+        number = played + buffer["done"].cumsum(0)
+        returns += buffer["return"][buffer["done"] & (number <= share)].tolist()
+        played = number[-1]
+    # A stop skips this evaluation.
+    return {} if stopped else dict(zip(EVALUATION, [np.mean(returns)]))
 
 
 # ------ log and checkpoint
@@ -746,8 +749,7 @@ def load_checkpoint(folder, args_class=Args):
         args_class(**checkpoint["args"])
         return checkpoint
     except Exception as error:
-        why = repr(str(error)[:99])
-        raise UsageError(f"{path} is no checkpoint of {args_class.script}: {why}") from None
+        raise UsageError(f"{path} is no checkpoint of {args_class.script}: {error!r:.99}") from None
 
 
 # ------ environments
@@ -945,7 +947,7 @@ class PettingZooEnvs:
             chosen = zip(self.agents, (self.spaces.unflatten(self.action, x) for x in row))
             chosen = {agent: x for agent, x in chosen if agent in game.agents}
             seen, rewards, terminated, truncated, _ = game.step(chosen)
-            done = all(terminated[a] or truncated[a] for a in terminated)
+            done = not game.agents or all(terminated[a] or truncated[a] for a in terminated)
             if done:
                 seen, _ = game.reset()
             reward = np.float32(sum(rewards.values()) / len(self.agents))

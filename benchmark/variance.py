@@ -52,7 +52,8 @@ def control_variate(agent, batch, sigma_a):
         qc = (features @ agent.compatible.weights * scores).sum((-2, -1))
     else:
         utilities, _ = agent.q.utility(obs, batch["utility_hidden"][0], keep, state)
-        q, q_pi = (agent.q.mixer(utilities, x, state) * agent.q_norm.std for x in (actions, pi))
+        weights = agent.q.mixer.weights(state)
+        q, q_pi = (agent.q.mixer(utilities, x, weights) * agent.q_norm.std for x in (actions, pi))
         values = batch["values"] * agent.v_norm.std + agent.v_norm.mean
         v = (values * alive).sum(-1) / living
         qc = (q - q_pi) / unit
@@ -124,7 +125,7 @@ def play(agent, envs, now, rng, args, count, what):
     for _ in tqdm(range(count), desc=what, disable=None):
         # estimate() fits the compatible critic, and policy_losses() moves q_norm.
         buffer, used = {}, copy.deepcopy(agent)
-        smac.rollout(agent.policy, envs, buffer, now, rng, args)
+        smac.rollout(agent.policy, envs, buffer, now, args.rollout_steps, rng)
         batch, metrics = smac.estimate(used, buffer, now, args)
         yield buffer, batch, metrics["diagnostics/sigma_a"], used
 

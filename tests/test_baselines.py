@@ -21,6 +21,11 @@ def first_look(n, actions=3, obs=4, state=5):
     return look | {"avail": torch.ones(1, n, actions, dtype=torch.bool)}
 
 
+def mixed(mixer, utilities, actions, state):
+    """q_tot in a state."""
+    return mixer(utilities, actions, mixer.weights(state))
+
+
 # ------------------------------------------------------------------------------------------- HAPPO
 def on_policy_batch(agent, n, chunks=6, steps=4, actions=3, seed=0):
     """Chunks [L, B, ...] as maipg_smac.estimate makes them, with a dead agent in some."""
@@ -200,7 +205,7 @@ def test_qmix_targets():
                     best = max(allowed, key=lambda a, i=i: online[t + 1, i, a].item())
                     actions[i, best] = 1.0
                 state = episode["state"][t + 1]
-                y = y + 0.9 * agent.target_mixer(target[t + 1], actions, state)
+                y = y + 0.9 * mixed(agent.target_mixer, target[t + 1], actions, state)
             torch.testing.assert_close(targets[t, column], y, rtol=1e-4, atol=1e-5)
 
 
@@ -223,7 +228,9 @@ def test_facmac_targets():
                 action = torch.zeros(3)
                 action[max(allowed, key=lambda a, i=i, t=t: logits[t, i, a].item())] = 1.0
                 rows.append(agent.target_utility.layers(torch.cat([episode["obs"][t, i], action])))
-            values.append(agent.target_mixer(torch.stack(rows), torch.ones(2, 1), state).item())
+            values.append(
+                mixed(agent.target_mixer, torch.stack(rows), torch.ones(2, 1), state).item()
+            )
         values.append(0.0)  # after the end
         rewards = episode["reward"].tolist()
         for t in range(length):
@@ -380,7 +387,7 @@ def learned(module, payoff, updates, **settings):
         first, second = out.argmax(-1).tolist()
         if module is qmix:
             actions = qmix.one_hot(batch["actions"][0], out)
-            q = agent.mixer(out.expand(9, 2, 3), actions, batch["state"][0])
+            q = mixed(agent.mixer, out.expand(9, 2, 3), actions, batch["state"][0])
             return payoff[first, second].item(), q.view(3, 3)
     return payoff[first, second].item(), None
 

@@ -425,10 +425,10 @@ def measured(critic="paper", mixer="qmix", **settings):
             norm.moments.copy_(torch.tensor([mean, mean**2 + std**2, 1.0]))
             norm.mean.fill_(mean)
             norm.std.fill_(std)
-    smac.rollout(agent.policy, games, buffer, now, rng, args)
+    smac.rollout(agent.policy, games, buffer, now, args.rollout_steps, rng)
     smac.estimate(agent, buffer, now, args)
     before, used = dict(now), copy.deepcopy(agent)
-    smac.rollout(agent.policy, games, buffer, now, rng, args)
+    smac.rollout(agent.policy, games, buffer, now, args.rollout_steps, rng)
     batch, metrics = smac.estimate(used, buffer, now, args)
     return args, agent, before, buffer, batch, metrics, used
 
@@ -547,7 +547,8 @@ def gradients_by_hand(args, agent, now, buffer, nu, ent_coef):
         first = (taken / taken.detach() * advantages[:, k])[alive].mean()
         with torch.no_grad():
             utilities, _ = one_by_one(agent.q.utility, one["utility_hidden"], part, T, True)
-        q = 0.7 * agent.q.mixer(utilities[:T, 0], p, part["state"][:T, 0]).mean()
+        weights = agent.q.mixer.weights(part["state"][:T, 0])
+        q = 0.7 * agent.q.mixer(utilities[:T, 0], p, weights).mean()
         second = q / (alive.float().sum(-1).mean() * live.std())
         entropy = -(p * torch.log(p.clamp(min=1e-30))).sum(-1)[alive].mean()
         loss = -((1 - nu) * first + nu * second + ent_coef * entropy)

@@ -95,7 +95,9 @@ def prepare(game=maipg.ParticleEnvs, **settings):
     start = copy.deepcopy(agent.state_dict())
     for parameter in agent.policy.head.parameters():
         parameter.data *= 30  # no longer indifferent between the actions
-    maipg.rollout(agent.policy, envs, buffer, now, torch.Generator().manual_seed(0), args)
+    maipg.rollout(
+        agent.policy, envs, buffer, now, args.rollout_steps, torch.Generator().manual_seed(0)
+    )
     played = {key: x.clone() for key, x in buffer.items()}
     batch, metrics = maipg.estimate(agent, buffer, now, args)
     sigma_a = metrics["diagnostics/sigma_a"]
@@ -193,7 +195,7 @@ def test_the_gradient_through_continuous_actions(kind, double):
     utilities, state = torch.randn(2, 5, 3, 6), torch.randn(2, 5, 4)
     mu = 0.9 * torch.rand(2, 5, 3, 2)
     mu[0, 0, 0, 0] = 1.5  # where the environment clips
-    loss = lambda x: maipg.deterministic_pg_loss(mixer(utilities, x, state), 0.3)
+    loss = lambda x: maipg.deterministic_pg_loss(mixer(utilities, x, mixer.weights(state)), 0.3)
     x = mu.clone().requires_grad_()
     (grad,) = torch.autograd.grad(loss(x), x)
     assert grad[0, 0, 0, 0] == 0 and grad.abs().max() > 1e-4
@@ -222,7 +224,7 @@ def test_only_the_joint_q_knows_interactions(continuous):
         utilities = torch.nn.Parameter(0.1 * torch.randn(2, width))
         optimizer = torch.optim.Adam([utilities, *mixer.parameters()], 0.02)
         for _ in range(300):
-            q_tot = mixer(utilities.expand(256, 2, width), actions, state)
+            q_tot = mixer(utilities.expand(256, 2, width), actions, mixer.weights(state))
             loss = F.mse_loss(q_tot, payoff)
             optimizer.zero_grad()
             loss.backward()
@@ -236,7 +238,7 @@ def test_the_joint_q_uses_state_utilities_and_actions():
     mixer = maipg.JointMixer(2, 3, 5, 8)
     utilities, actions, state = torch.randn(4, 2, 3), torch.rand(4, 2, 3), torch.randn(4, 5)
     inputs = [x.requires_grad_() for x in (utilities, actions, state)]
-    q_tot = mixer(*inputs)
+    q_tot = mixer(utilities, actions, mixer.weights(state))
     assert q_tot.shape == (4,)
     for grad in torch.autograd.grad(q_tot.sum(), inputs):
         assert (grad.flatten(1).abs().amax(1) > 1e-4).all()
@@ -328,7 +330,8 @@ def test_q_targets_look_at_the_next_states_greedy_action(continuous):
         greedy = b["mean"]
         if not continuous:
             greedy = (greedy == greedy.max(-1, keepdim=True).values).float()
-        q = 0.1 * x.agent.target_q.mixer(utilities, greedy, b["state"]).double()
+        mixer = x.agent.target_q.mixer
+        q = 0.1 * mixer(utilities, greedy, mixer.weights(b["state"])).double()
     target, r = torch.zeros(4).double(), b["reward"].double()
     for t in reversed(range(25)):
         after = (0.3 * q[t + 1] + 0.7 * target) if t < 24 else 0.0

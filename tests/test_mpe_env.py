@@ -431,7 +431,7 @@ def test_who_has_left_does_not_count(name, toy):
     envs, buffer = m.PettingZooEnvs(args), {}
     now = m.begin(envs, 0, args)
     agent = m.Agent(now, args)
-    m.rollout(agent.policy, envs, buffer, now, torch.Generator().manual_seed(0), args)
+    m.rollout(agent.policy, envs, buffer, now, args.rollout_steps, torch.Generator().manual_seed(0))
     batch, _ = m.estimate(agent, buffer, now, args)
     alive = [[1, 1, 1]] * 2 + [[1, 0, 1]] * 2
     assert batch["alive"][:, 0].tolist() == alive * 2

@@ -77,7 +77,7 @@ def play(envs=None, rollouts=2, **settings):
             norm.std.fill_(plain.mean_std()[1])
     rng, buffer, played = noise(), {}, []
     for _ in range(rollouts):
-        maipg.rollout(agent.policy, envs, buffer, now, rng, args)
+        maipg.rollout(agent.policy, envs, buffer, now, args.rollout_steps, rng)
         batch, metrics = maipg.estimate(agent, buffer, now, args)
         rows = {key: x.clone() for key, x in buffer.items()}
         played.append(SimpleNamespace(buffer=rows, batch=batch, metrics=metrics))

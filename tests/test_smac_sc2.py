@@ -222,13 +222,13 @@ def test_five_failures_in_a_row_then_resume_with_a_fault_in_the_evaluation(
     assert (saved["progress"]["step"], saved["progress"]["restarts"]) == (20, 5)
     assert len(progress(run)) == 1 and leftovers(standin, polite=False) == []
 
-    order(monkeypatch, {"seed": 10**9 + 3 + 20, "step": 2, "kind": "crash"})
+    order(monkeypatch, {"seed": 10**9 + 3 + 40, "step": 2, "kind": "crash"})
     assert m.main(["--resume", str(run)]) == 0
     first, last = progress(run)
     assert int(last["global_step"]) == 40 and first["eval/win_rate"] == "nan"
     assert float(last["eval/win_rate"]) == 0 and float(last["eval/episodic_return"]) > 0
     judged = [e["seed"] for e in read_log(standin, "init") if e["seed"] >= 10**9]
-    assert judged == [10**9 + 23, 10**9 + 24]
+    assert judged == [10**9 + 43, 10**9 + 44]
     resumed = m.load_checkpoint(run)
     assert resumed["progress"]["step"] == 40 and resumed["progress"]["restarts"] == 6
     weights = saved["agent"]["policy.head.weight"], resumed["agent"]["policy.head.weight"]

@@ -89,7 +89,7 @@ class Agent(nn.Module):
     def q_tot(utility, mixer, obs, state, actions):
         """[T, B] of one-hot (or straight-through) actions [T, B, n, A]."""
         chosen = utility(obs, actions).unsqueeze(-1)  # the mixer wants utilities times actions
-        return mixer(chosen, torch.ones_like(chosen), state)
+        return mixer(chosen, torch.ones_like(chosen), mixer.weights(state))
 
     def targets(self, batch):
         """TD(lambda) targets [T, B]; batch as Replay.sample makes it."""

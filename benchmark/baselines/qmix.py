@@ -151,13 +151,15 @@ class Agent(nn.Module):
         """y [T, B] of double Q-learning; batch as by Replay.sample, utilities [T, B, n, A]."""
         judged = whole_episodes(self.target_policy, batch["obs"], self.args.hidden_dim)
         chosen = utilities.detach().masked_fill(~batch["avail"], -torch.inf).argmax(-1)
-        q = self.target_mixer(judged, one_hot(chosen, judged), batch["state"])
+        weights = self.target_mixer.weights(batch["state"])
+        q = self.target_mixer(judged, one_hot(chosen, judged), weights)
         return batch["reward"] + self.args.gamma * next_step(q) * ~batch["done"]
 
     def learn(self, batch, optimizers, rng):
         """One update on a batch of episodes; metrics."""
         utilities = whole_episodes(self.policy, batch["obs"], self.args.hidden_dim)
-        q_tot = self.mixer(utilities, one_hot(batch["actions"], utilities), batch["state"])
+        weights = self.mixer.weights(batch["state"])
+        q_tot = self.mixer(utilities, one_hot(batch["actions"], utilities), weights)
         with torch.no_grad():
             targets = self.targets(batch, utilities)
         loss = smac.masked_mean((q_tot - targets) ** 2, batch["valid"])
