@@ -642,7 +642,7 @@ def evaluate(policy, envs, seed, args, stopped=()):
     now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
     played, buffer, wins, returns = now["keep"], {}, [], []
     while (played < share).any() and not stopped:
-        rollout(policy, envs, buffer, now, steps=25)
+        rollout(policy, envs, buffer, now, 25)
         number = played + buffer["done"].cumsum(0)
         counted = buffer["done"] & (number <= share)
         wins += buffer["won"][counted].tolist()
