@@ -1,18 +1,30 @@
-"""How q_tot changes the policy's gradient, at the fixed policy of a saved run of maipg_smac.py.
+"""What q_tot does to the policy's gradient, and whether it ranks actions, at saved policies.
 
-    python benchmark/variance.py RUN_DIR [RUN_DIR ...] [--cosine]
+    python benchmark/variance.py RUN_DIR [RUN_DIR ...] [--cosine] [--truth] [--out FILE.csv]
 
-Fresh rollouts are played, on which nothing is trained. A: the team's normalised advantage.
+For runs of maipg_smac.py and of maipg_mpe.py's particle worlds. Fresh rollouts are played, on which
+nothing is trained. A: the team's normalised advantage, by GAE. +- is a standard error.
 
     r_var_pi   Var(A - Qc) / Var(A), Qc = q_tot(s, a) - q_tot(s, pi): below 1, Qc tells part of A
     r_var_v    Var(A - (q_tot(s, a) - V(s))) / Var(A)   (paper critic, the only one with a value)
     corr       of A and Qc; slope: Cov(A, Qc) / Var(Qc), below 1 where Qc is too large
-    trace      of the covariance of a rollout's policy gradient, entropy bonus included, from one
-               disjoint split per game, relative to nu = 0
-    cosine     of one rollout's gradients, without the entropy bonus, with a reference: PPO's own
-               (nu = 0), the second one (nu = 1), interpolated ones. The reference is the mean of
-               PPO's gradient (at the policy itself nothing is clipped) over many rollouts, with V
-               refitted to them; the cosine of its halves says how far it can be trusted.
+    trace      of the covariance of a rollout's policy gradient (the mean of its games', without
+               entropy bonus), from one disjoint split per game; relative to nu = 0
+    --cosine   of these gradients with a reference: nu = 0 is PPO's own, nu = 1 the second one. The
+               reference is the mean of PPO's gradient (at the policy itself nothing is clipped)
+               over many rollouts, with V refitted to them; the cosine of its halves (halves) says
+               how far it can be trusted.
+    --truth    In copies of the worlds at one step of each rollout, each action a of each agent i
+               is played, and then the policy to the end of the episode, with the same noise for
+               all of them. A_i(a): the mean return less its mean over pi_i. Mean over pi:
+               reliability     true variance of A_i / all of it, by halves of the copies
+               q_true          corr of A_i and dq_tot/dpi_i(a), for VDN agent i's utility; the
+                               compatible critic has seen the rollout, as when it trains
+               gae_true        corr of A_i and A
+               ceiling         the largest corr (A and Qc): were Qc the joint action's advantage
+               ceiling_sum     the same of a sum of utilities: were Qc the sum of A_i
+               The copies' noise is taken out of the last four: over the copies' mean itself, the
+               correlations are smaller by the root of reliability. nan: nothing but noise.
 """
 
 import contextlib
@@ -20,8 +32,10 @@ import copy
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
@@ -29,186 +43,261 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import maipg_mpe as mpe  # noqa: E402
 import maipg_smac as smac  # noqa: E402
 from benchmark import evaluate  # noqa: E402
-
-MUS = ["expectation", "gumbel"]
-
-
-# ---------- what is measured
-@torch.no_grad()
-def control_variate(agent, batch, sigma_a):
-    """{r_var_pi, r_var_v, corr, slope} of chunks [L, B, ...]; the agent has not seen them."""
-    obs, state, keep, alive = (batch[key] for key in ("obs", "state", "keep", "alive"))
-    actions, living = batch["actions"], alive.sum(-1).clamp(min=1)
-    logits, hiddens = agent.policy(obs, batch["policy_hidden"][0], keep)
-    pi = smac.masked_log_softmax(logits, batch["avail"]).exp()
-    team = (batch["advantages"] * alive).sum(-1) / living
-    ratio = lambda x: ((team - x).var() / team.var()).item()
-    result, unit = {}, sigma_a + 1e-5
-    if agent.second == "compatible":
-        features = F.pad(agent.policy.norm(hiddens), (0, 1), value=1)
-        scores = (actions - pi) * alive.unsqueeze(-1)
-        qc = (features @ agent.compatible.weights * scores).sum((-2, -1))
-    else:
-        utilities, _ = agent.q.utility(obs, batch["utility_hidden"][0], keep, state)
-        weights = agent.q.mixer.weights(state)
-        q, q_pi = (agent.q.mixer(utilities, x, weights) * agent.q_norm.std for x in (actions, pi))
-        values = batch["values"] * agent.v_norm.std + agent.v_norm.mean
-        v = (values * alive).sum(-1) / living
-        qc = (q - q_pi) / unit
-        result["r_var_v"] = ratio((q - v) / unit)  # the mean of Q is a constant
-    cov = torch.cov(torch.stack([team.flatten(), qc.flatten()]))
-    result["corr"] = (cov[0, 1] / (cov[0, 0] * cov[1, 1]).sqrt()).item()
-    return {"r_var_pi": ratio(qc)} | result | {"slope": (cov[0, 1] / cov[1, 1]).item()}
-
-
-def gradient(agent, batch, sigma_a, rng, args):
-    """The policy's gradient of its loss on chunks [L, B, ...], flat."""
-    losses, _ = smac.policy_losses(agent, batch, sigma_a, rng, args)
-    parameters = list(agent.policy.parameters())
-    grads = torch.autograd.grad(losses["policy"], parameters, materialize_grads=True)
-    return torch.cat([x.flatten() for x in grads])
-
-
-def trace(agent, batch, sigma_a, rng, args):
-    """Trace of the covariance of the batch's gradient, the mean over its games'."""
-    games = range(args.num_envs)
-    splits = [{key: x[:, k :: args.num_envs] for key, x in batch.items()} for k in games]
-    grads = [gradient(agent, split, sigma_a, rng, args) for split in splits]
-    return (torch.stack(grads).var(0).sum() / args.num_envs).item()
-
-
-def cosine(x, y):
-    return torch.cosine_similarity(x, y, 0).item()
-
-
-def reference(agent, buffers, now, args, sweeps):
-    """PPO's gradients [rollouts, parameters] with V refitted to the rollouts, one step of Adam on
-    each in every sweep; and sigma_A, with V as it was and refitted."""
-    fitted, grads, sigmas = copy.deepcopy(agent), [], []
-    fitted.second, args = "none", replace(args, nu=0.0, ent_coef=0.0)
-    optimizer = torch.optim.Adam(fitted.critic.parameters(), args.learning_rate, eps=1e-5)
-    for sweep in tqdm(range(sweeps + 1), desc="V is refitted", disable=None):
-        hidden = dict(now)
-        for buffer in buffers:
-            batch, metrics = smac.estimate(fitted, buffer, hidden, args)
-            sigmas.append(metrics["diagnostics/sigma_a"])
-            if sweep == sweeps:
-                grads.append(gradient(fitted, batch, sigmas[-1], None, args))
-                continue
-            losses = {"critic": smac.critic_loss(fitted, batch, args)}
-            smac.descend(fitted, optimizer, losses, args)
-    count, sigmas = len(buffers), torch.stack(sigmas)
-    return torch.stack(grads), (sigmas[:count].mean(), sigmas[-count:].mean())
-
-
-# ---------- one run
-def restore(run_dir, own):
-    """(resolved args, games, what they show now, agent) of a saved run."""
-    saved = evaluate.load_run(run_dir)
-    if saved["script"] != "maipg_smac":
-        raise smac.UsageError(f"{run_dir} is of {saved['script']}: only maipg_smac has a q_tot")
-    args = smac.resolve(smac.Args(**saved["args"] | {"device": own.device}))
-    if args.num_envs < 2:
-        raise smac.UsageError(f"{run_dir} has one game: a variance needs two")
-    torch.set_num_threads(args.threads)
-    envs = smac.SC2Envs(args) if args.backend == "sc2" else smac.SMAXEnvs(args)
-    now = smac.begin(envs, 2 * 10**9 + own.seed, args)
-    agent = smac.Agent(now, args).to(args.device)
-    agent.load_state_dict(saved["agent"])
-    return args, envs, now, agent
-
-
-def play(agent, envs, now, rng, args, count, what):
-    """`count` fresh rollouts: (buffer, batch, sigma_A, a copy of the agent for the update)."""
-    for _ in tqdm(range(count), desc=what, disable=None):
-        # estimate() fits the compatible critic, and policy_losses() moves q_norm.
-        buffer, used = {}, copy.deepcopy(agent)
-        smac.rollout(agent.policy, envs, buffer, now, args.rollout_steps, rng)
-        batch, metrics = smac.estimate(used, buffer, now, args)
-        yield buffer, batch, metrics["diagnostics/sigma_a"], used
-
-
-def study(run_dir, own):
-    """Measure a run, and print its tables."""
-    args, envs, now, agent = restore(run_dir, own)
-    rngs = [torch.Generator(args.device).manual_seed(own.seed + 10**9 * k) for k in range(2)]
-    nus = [nu for nu in own.nus if nu > 0] if agent.second != "none" else []
-    settings = [(0.0, args.mu), *((nu, mu) for mu in MUS for nu in nus)]
-    alone = [(1.0, mu) for mu in MUS if nus and 1.0 not in nus]
-    control, traces, cosines = [], {}, {}
-    with contextlib.closing(envs):
-        if own.cosine:
-            start = dict(now)
-            many = play(agent, envs, now, rngs[0], args, own.reference_rollouts, "reference")
-            buffers = [buffer for buffer, *_ in many]
-            grads, sigmas = reference(agent, buffers, start, args, own.sweeps)
-            aim, halves = grads.mean(0), (grads[::2].mean(0), grads[1::2].mean(0))
-        fresh = play(agent, envs, now, rngs[0], args, own.rollouts, "rollouts")
-        for _, batch, sigma_a, used in fresh:
-            if agent.second != "none":
-                control.append(control_variate(agent, batch, sigma_a))
-            for nu, mu in settings:
-                one = trace(used, batch, sigma_a, rngs[1], replace(args, nu=nu, mu=mu))
-                traces.setdefault((nu, mu), []).append(one)
-            for nu, mu in settings + alone if own.cosine else []:
-                bare = replace(args, nu=nu, mu=mu, ent_coef=0.0)
-                one = gradient(used, batch, sigma_a, rngs[1], bare)
-                cosines.setdefault((nu, mu), []).append(cosine(one, aim))
-
-    steps = args.num_envs * args.rollout_steps
-    print(f"{run_dir}\n{args.map_name}, nu {args.nu:g}, critic {agent.second}: ", end="")
-    print(f"{own.rollouts} rollouts of {steps:,} steps")
-    for name in control[0] if control else []:
-        values = torch.tensor([row[name] for row in control])
-        print(f"  {name:9} {values.mean():7.4f}   (each: {values.min():.4f} to {values.max():.4f})")
-    base = sum(traces[settings[0]])
-    print_table("trace / that of nu = 0", {k: sum(x) / base for k, x in traces.items()})
-    if own.cosine:
-        print(f"  sigma_A {sigmas[0]:.4f}, with V refitted {sigmas[1]:.4f}; ", end="")
-        print(f"cosine of the reference's halves {cosine(*halves):.3f}")
-        means = {key: sum(x) / len(x) for key, x in cosines.items()}
-        print_table("cosine with the reference", means)
-
-
-def print_table(title, cells):
-    """{(nu, mu): number}, a row per mu; nu = 0 has none."""
-    nus = list(dict.fromkeys(nu for nu, _ in cells))
-    print(f"  {title}\n  {'nu':>12}", *(f"{nu:7g}" for nu in nus))
-    first = next(iter(cells.values()))
-    for mu in MUS if len(cells) > 1 else [""]:
-        row = [cells.get((nu, mu), first) for nu in nus]
-        print(f"  {mu:>12}", *(f"{x:7.3f}" for x in row))
 
 
 @dataclass
 class Args:
-    run_dirs: tyro.conf.Positional[tuple[Path, ...]]  # of maipg_smac.py
-    nus: tuple[float, ...] = (0.0, 0.3, 0.5)  # 0 is always there
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]]  # of maipg_smac.py or maipg_mpe.py
+    nus: tuple[float, ...] = (0.0, 0.3, 0.5, 1.0)  # on the same rollouts
     rollouts: int = 4  # that are measured
     cosine: bool = False  # also compare directions with a reference
     reference_rollouts: int = 20  # whose mean is the reference
     sweeps: int = 20  # over them, to refit V
+    truth: bool = False  # also compare with true advantages (particle worlds)
+    copies: int = 8  # of each world and action, for the truth
+    out: Path | None = None  # table of all figures, .csv
     seed: int = 1  # of games and noise
     device: Literal["auto", "cpu", "cuda"] = "auto"  # a GPU if there is one
 
 
+# ---------- a saved run
+def load(run_dir, own):
+    """A run folder's script, Args and checkpoint. UsageError: it cannot be measured."""
+    saved = evaluate.load_run(run_dir)
+    script = {"maipg_smac": smac, "maipg_mpe": mpe}.get(saved["script"])
+    if not script:
+        raise smac.UsageError(f"{run_dir} is of {saved['script']}, not of maipg_smac or maipg_mpe")
+    args = script.resolve(script.Args(**saved["args"] | {"device": own.device}))
+    if script is mpe and args.env_id or own.truth and (script is smac or args.continuous):
+        raise smac.UsageError(f"{run_dir} is not of particle worlds (--truth: with moves)")
+    if args.num_envs < 2:
+        raise smac.UsageError(f"{run_dir} has one game: a variance needs two")
+    return SimpleNamespace(script=script, args=args, saved=saved)
+
+
+def restore(run, seed):
+    """New games of a loaded run: envs, what they show now, and its agent."""
+    torch.set_num_threads(run.args.threads)
+    kinds = {"sc2": smac.SC2Envs, "smax": smac.SMAXEnvs, "mpe": mpe.ParticleEnvs}
+    run.envs = kinds[getattr(run.args, "backend", "mpe")](run.args)
+    run.now = run.script.begin(run.envs, 2 * 10**9 + seed, run.args)
+    run.agent = run.script.Agent(run.now, run.args).to(run.args.device)
+    run.agent.load_state_dict(run.saved["agent"])
+
+
+def play(run, rng, count, what):
+    """`count` fresh rollouts: (buffer, batch, metrics, a copy of the agent for the update)."""
+    for _ in tqdm(range(count), desc=what, disable=None):
+        # estimate() fits the compatible critic; policy_losses() would move q_norm.
+        buffer, used, args = {}, copy.deepcopy(run.agent), run.args
+        if used.second == "paper":
+            used.q_norm.beta = 1.0
+        run.script.rollout(used.policy, run.envs, buffer, run.now, args.rollout_steps, rng)
+        yield buffer, *run.script.estimate(used, buffer, run.now, args), used
+
+
+# ---------- variance
+def team_mean(x, alive):
+    """The mean over live agents, [L, B]."""
+    return (x * alive).sum(-1) / alive.sum(-1).clamp(min=1)
+
+
+def q_tot(agent, batch):
+    """q_tot as a function of actions [L, B, n, A], but for a constant. Paper: in the reward's unit;
+    compatible: in that of A, fitted to this rollout too, as for the update."""
+    if agent.second == "compatible":
+        return lambda actions: (batch["utilities"] * actions).sum((-2, -1))
+    obs, state, keep = batch["obs"], batch["state"], batch["keep"]
+    utilities, _ = agent.q.utility(obs, batch["utility_hidden"][0], keep, state)
+    weights = agent.q.mixer.weights(state)
+    return lambda actions: agent.q.mixer(utilities, actions, weights) * agent.q_norm.std
+
+
+@torch.no_grad()
+def control_variate(agent, batch, metrics):
+    """{figure: number} of a rollout that the agent has not seen."""
+    corr, slope = metrics["variance/corr"], metrics["variance/slope"]
+    ratio = corr / slope  # of the deviations of Qc and A
+    figures = {"r_var_pi": 1 - 2 * corr * ratio + ratio**2, "corr": corr, "slope": slope}
+    if agent.second == "paper":
+        # The means of Q and V are constants.
+        team, v = (team_mean(batch[key], batch["alive"]) for key in ("advantages", "values"))
+        rest = q_tot(agent, batch)(batch["actions"]) - v * agent.v_norm.std
+        rest = team - rest / (metrics["diagnostics/sigma_a"] + 1e-5)
+        figures["r_var_v"] = rest.var() / team.var()
+    return {(name, "", ""): x for name, x in figures.items()}
+
+
+def gradients(run, agent, batch, metrics, parts, rng=None, **changes):
+    """The policy's gradients [parts, parameters] on disjoint splits, without entropy bonus."""
+    args, rows = replace(run.args, ent_coef=0.0, **changes), []
+    parameters, sigma_a = list(agent.policy.parameters()), metrics["diagnostics/sigma_a"]
+    for k in range(parts):
+        split = {key: x[:, k::parts] for key, x in batch.items()}
+        losses, _ = run.script.policy_losses(agent, split, sigma_a, rng, args)
+        grads = torch.autograd.grad(losses["policy"], parameters, materialize_grads=True)
+        rows.append(torch.cat([x.flatten() for x in grads]))
+    return torch.stack(rows)
+
+
+def mixtures(run, played, rng, nus, aim):
+    """{figure: number} of interpolated gradients, which are linear in nu: Eq. (10)."""
+    _, *batch, used = played
+    part = lambda **changes: gradients(run, used, *batch, run.args.num_envs, rng, **changes)
+    first, figures = part(nu=0.0), {}
+    mus = ["expectation", "gumbel"][: 1 if hasattr(used.policy, "log_std") else 2]
+    for mu in mus if used.second != "none" else [""]:
+        second = part(nu=1.0, mu=mu) if mu else first
+        for nu in nus if mu else [0.0]:
+            grads = first.lerp(second, nu)
+            figures["trace", nu, mu] = grads.var(0).sum() / first.var(0).sum()
+            if aim is not None:
+                figures["cosine", nu, mu] = F.cosine_similarity(grads.mean(0), aim, 0)
+    return figures
+
+
+def reference(run, rng, count, sweeps):
+    """PPO's gradients [rollouts, parameters] with V refitted to the rollouts, by a step of Adam on
+    each in every sweep."""
+    now, fitted = dict(run.now), copy.deepcopy(run.agent)
+    fitted.second = "none"
+    optimizer = torch.optim.Adam(fitted.critic.parameters(), run.args.learning_rate, eps=1e-5)
+    buffers = [buffer for buffer, *_ in play(run, rng, count, "reference")]
+
+    def batches(hidden):
+        return [run.script.estimate(fitted, buffer, hidden, run.args) for buffer in buffers]
+
+    for _ in tqdm(range(sweeps), desc="V is refitted", disable=None):
+        for batch, _ in batches(dict(now)):
+            losses = {"critic": run.script.critic_loss(fitted, batch, run.args)}
+            run.script.descend(fitted, optimizer, losses, run.args)
+    return torch.cat([gradients(run, fitted, *x, 1, nu=0.0) for x in batches(now)])
+
+
+# ---------- truth
+def world_at(envs, buffer, t):
+    """The particle worlds' state before step t of the rollout that they have just played."""
+    obs, ago = buffer["obs"][t], len(buffer["obs"]) - 1 - t
+    vel, pos = obs[..., :2], obs[..., 2:4]
+    # Landmarks are seen relative to the agent.
+    landmarks = obs[:, 0, 4 : 4 + 2 * envs.num_landmarks].unflatten(-1, (-1, 2)) + pos[:, :1]
+    return [pos, vel, landmarks], (envs.steps - ago) % envs.length
+
+
+def play_on(policy, envs, obs, hidden, keep, choice, rng):
+    """Discounted returns [N] to the end of the episode. choice [..., n, A]: the first actions, one-
+    hot, of those agents for whom it is not empty; all else is the policy's."""
+    forced, total, discount, done = choice.sum(-1, keepdim=True) > 0, 0.0, 1.0, keep > 1
+    while not done.all():
+        out, hidden = policy(obs[None], hidden, keep[None])
+        actions = mpe.sample(mpe.distribution(policy, out[0], envs.avail), rng)
+        obs, _, _, reward, done = envs.step(torch.where(forced, choice, actions))
+        total, discount = total + discount * reward, discount * envs.args.gamma
+        hidden, keep, forced = hidden[0], torch.ones_like(keep), torch.zeros_like(forced)
+    return total
+
+
+@torch.no_grad()
+def true_advantages(run, buffer, t, copies, rng):
+    """Advantages at step t, by halves of the copies, in the reward's unit: of each agent's actions
+    [2, N, n, A], and of the joint action that was played [2, N]."""
+    N, n, A = buffer["avail"].shape[1:]
+    envs = mpe.ParticleEnvs(replace(run.args, num_envs=N * copies))
+    envs.reset(0)  # load_state_dict() needs its generator
+    many = lambda x: x.repeat(copies, *[1] * (x.dim() - 1))
+    seen = [many(buffer[key][t]) for key in ("obs", "policy_hidden", "keep")]
+    (world, steps), noise, returns = world_at(run.envs, buffer, t), rng.get_state(), []
+    single = torch.eye(n * A).to(seen[0]).view(-1, n, A)
+    for choice in tqdm([*single, many(buffer["actions"][t])], "truth", leave=False, disable=None):
+        envs.load_state_dict([*map(many, world), steps, noise])
+        rng.set_state(noise)  # the same for all
+        total = play_on(run.agent.policy, envs, *seen, choice, rng)
+        returns.append(total.view(2, -1, N).mean(1))
+    own = torch.stack(returns[:-1], -1).unflatten(-1, (n, A))
+    values = (buffer["mean"][t] * own).sum(-1, keepdim=True)
+    return own - values, returns[-1] - values.mean((-2, -1))
+
+
+def ranking(run, played, t, copies, rng):
+    """{figure: (xy, xx, yy) [3, N]} for correlation(): sums over agents of means over pi."""
+    buffer, batch, metrics, used = played
+    L, N, pi = run.args.chunk_length, run.args.num_envs, buffer["mean"][t]
+    at = lambda x: x[t % L].unflatten(0, (-1, N))[t // L]
+    over_pi = lambda x: (pi * x).sum((-2, -1))
+    own, joint = true_advantages(run, buffer, t, copies, rng)
+    gae = at(team_mean(batch["advantages"], batch["alive"])) * metrics["diagnostics/sigma_a"]
+    mean, true, both = own.mean(0), over_pi(own.prod(0)), joint.prod(0)
+    noisy, taken = over_pi(mean**2), (buffer["actions"][t] * mean).sum((-2, -1))
+    figures = {"reliability": (true, noisy, noisy), "ceiling": (both, gae**2, both)}
+    figures["ceiling_sum"] = true, gae**2, true
+    figures["gae_true"] = gae * taken, gae**2 * pi.shape[1], true
+    if used.second != "none":
+        mu = batch["mean"].clone().requires_grad_()
+        q = at(torch.autograd.grad(q_tot(used, batch)(mu).sum(), mu)[0])
+        q = q - (pi * q).sum(-1, keepdim=True)
+        figures["q_true"] = over_pi(q * mean), over_pi(q**2), true
+    return {(name, "", ""): torch.stack(x) for name, x in figures.items()}
+
+
+def correlation(products):
+    """(xy / root of xx yy of their sums over points, its jackknife error); products [3, P]."""
+    total = products.double().sum(1, keepdim=True)
+    ratio = lambda xy, xx, yy: xy / (xx * yy).sqrt()
+    without = ratio(*(total - products))
+    error = (without.var(correction=0) * (len(without) - 1)).sqrt()
+    return ratio(*total).item(), error.item()
+
+
+# ---------- main
+def study(run, own):
+    """A run's table of figures."""
+    rngs = [torch.Generator(run.args.device).manual_seed(own.seed + 10**9 * k) for k in range(3)]
+    figures, aim = {}, None
+    if own.cosine:
+        grads = reference(run, rngs[0], own.reference_rollouts, own.sweeps)
+        aim, halves = grads.mean(0), (grads[::2].mean(0), grads[1::2].mean(0))
+        figures["halves", "", ""] = [torch.tensor([[F.cosine_similarity(*halves, 0)], [1], [1]])]
+    for k, played in enumerate(play(run, rngs[0], own.rollouts, "rollouts")):
+        new = mixtures(run, played, rngs[1], own.nus, aim)
+        if run.agent.second != "none":
+            new |= control_variate(run.agent, *played[1:3])
+        if own.truth:
+            # The middles of equal parts of the rollout.
+            t = (2 * k + 1) * run.args.rollout_steps // (2 * own.rollouts)
+            new |= ranking(run, played, t, own.copies, rngs[2])
+        for key, x in new.items():
+            # The mean of numbers is their correlation() with ones.
+            x = x if x.dim() else torch.tensor([[x], [1.0], [1.0]])
+            figures.setdefault(key, []).append(x)
+    rows = [[*key, *correlation(torch.cat(x, 1))] for key, x in figures.items()]
+    return pd.DataFrame(rows, columns=["figure", "nu", "mu", "value", "stderr"])
+
+
 def main(argv=None):
     """Run a command line; the exit code: 1 failed, 2 bad input."""
-    own = tyro.cli(Args, args=argv, description=__doc__)
+    own, tables = tyro.cli(Args, args=argv, description=__doc__), {}
     try:
-        counts = own.rollouts, own.reference_rollouts - 1, own.sweeps, len(own.run_dirs)
-        if min(counts) < 1 or not 0 <= own.seed <= 10**8:
-            raise smac.UsageError("give a run folder, positive counts, and a --seed below 10^8")
-        if not all(0 <= nu <= 1 for nu in own.nus):
-            raise smac.UsageError("--nus must lie in [0, 1]")
-        for run_dir in own.run_dirs:
-            study(run_dir, own)
+        if min(own.rollouts, own.reference_rollouts, own.copies) < 2 or own.copies % 2:
+            raise smac.UsageError("rollouts and copies: at least two; --copies: even")
+        if not all(0 <= x <= 1 for x in [*own.nus, own.seed / 10**8]) or own.sweeps < 0:
+            raise smac.UsageError("--nus lie in [0, 1], --seed in [0, 10^8], --sweeps from 0 on")
+        if own.out and not own.out.parent.is_dir() or not own.run_dirs:
+            raise smac.UsageError("give run folders, and --out in a folder that is there")
+        for run_dir, run in [(x, load(x, own)) for x in own.run_dirs]:
+            restore(run, own.seed)
+            with contextlib.closing(run.envs):
+                table = tables[str(run_dir)] = study(run, own)
+            text = table.to_string(index=False, float_format="{:.4f}".format)
+            print(f"{run_dir}, step {run.saved['progress']['step']:,}\n{text}", flush=True)
+        if own.out:
+            pd.concat(tables, names=["run"]).droplevel(1).to_csv(own.out)
         return 0
-    except (smac.UsageError, smac.GameError, OSError) as error:
+    except (smac.UsageError, mpe.UsageError, smac.GameError, ArithmeticError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, smac.UsageError) else 1
+        return 2 if isinstance(error, (smac.UsageError, mpe.UsageError)) else 1
 
 
 if __name__ == "__main__":

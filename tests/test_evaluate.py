@@ -1,6 +1,7 @@
-"""benchmark/evaluate.py and variance.py against plain calculations, and on damaged runs."""
+"""benchmark/evaluate.py and films.py against plain calculations, and on damaged runs."""
 
 import copy
+import io
 import math
 import os
 import re
@@ -8,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+import maipg_grf as grf
+import maipg_mpe as mpe
 import maipg_smac as smac
-from benchmark import evaluate, variance
+from benchmark import evaluate, films
 from benchmark.baselines import facmac, happo, qmix
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +34,13 @@ def as_before():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_engine(monkeypatch):
+    """maipg_grf.py with games of random numbers, whether gfootball is installed or not."""
+    monkeypatch.setattr(grf, "find_spec", lambda name: True)
+    monkeypatch.setattr(grf, "FootballEnvs", Toy)
 
 
 class Toy:
@@ -67,24 +76,34 @@ class Toy:
         pass
 
 
+AGENTS = {"maipg_smac": smac, "happo": happo, "qmix": qmix, "facmac": facmac}
+AGENTS |= {"maipg_mpe": mpe, "maipg_grf": grf}
+
+
 def save_run(folder, script="maipg_smac", look=None, **settings):
-    """A run folder with an agent of random weights that are not indifferent; the agent."""
-    args_class = evaluate.SCRIPTS[script][0]
-    known = dict(map_name="3m", backend="smax", device="cpu", num_envs=2, hidden_dim=8)
-    args = args_class(**known | settings)
+    """A run folder with an agent of random weights that are not indifferent; its args, the agent,
+    and games."""
+    module, args_class, _ = evaluate.SCRIPTS[script]
+    args = args_class(device="cpu", num_envs=2, hidden_dim=8)
+    if module is smac:
+        args.map_name, args.backend = "3m", "smax"
+    for name, value in settings.items():
+        setattr(args, name, value)
     if script in ("maipg_smac", "happo"):
         args.nu, args.update_epochs = args.nu or 0.0, 2
+    kind = mpe.PettingZooEnvs if getattr(args, "env_id", "") else mpe.ParticleEnvs
+    games = kind(args) if module is mpe else Toy(args)
     torch.manual_seed(5)
     if look is None:
-        obs, state, avail = Toy(args).reset(0)
-        look = {"obs": obs, "state": state, "avail": avail}
-    make = {"maipg_smac": smac, "happo": happo, "qmix": qmix, "facmac": facmac}[script].Agent
-    agent = make(look, args)
+        look = dict(zip(("obs", "state", "avail"), games.reset(0)))
+    agent = AGENTS[script].Agent(look, args)
     for name, x in agent.named_parameters():
         x.data += (2.0 if "head.weight" in name else 0.1) * torch.randn_like(x)
-    folder.mkdir(parents=True, exist_ok=True)
-    smac.write_checkpoint(folder, args, {"agent": agent.state_dict(), "progress": {"step": 1234}})
-    return args, agent
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    smac.write_checkpoint(
+        Path(folder), args, {"agent": agent.state_dict(), "progress": {"step": 1234}}
+    )
+    return args, agent, games
 
 
 # --------------------------------------------------------------------------------------- intervals
@@ -136,9 +155,13 @@ def test_every_game_plays_as_many(tmp_path, monkeypatch, capsys):
 
 
 def test_episodes_after_a_failed_game_are_counted_anew(tmp_path, monkeypatch, capsys):
-    fails = [True]
+    fails, seeds = [True], []
 
     class Failing(Lengths):
+        def reset(self, seed):
+            seeds.append(seed)
+            return super().reset(seed)
+
         def step(self, actions):
             answer = super().step(actions)
             if self.time[0] == 1 and self.episodes[0] == 1 and fails and fails.pop():
@@ -148,121 +171,247 @@ def test_episodes_after_a_failed_game_are_counted_anew(tmp_path, monkeypatch, ca
     save_run(tmp_path / "run", num_envs=3)
     monkeypatch.setattr(smac, "SMAXEnvs", Failing)
     assert evaluate.main([str(tmp_path / "run"), "--episodes", "3"]) == 0
+    assert seeds == [2 * 10**9 + 1, 2 * 10**9 + 2]  # or it would fail again
     assert not fails and "return    3.000" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- refusals
-def damage(path):
-    """A byte of the weights is another one: only a checksum tells."""
+def flip_a_bit(path):
+    """In a weight: only a checksum tells."""
     weights = torch.load(path, weights_only=True)["agent"]["policy.gru.weight_ih"]
     content = bytearray(path.read_bytes())
     content[content.index(weights.numpy().tobytes()) + 1] ^= 1
     path.write_bytes(content)
 
 
-def spoil(path, **parts):
-    saved = torch.load(path, weights_only=True)
-    torch.save(saved | parts, path)
+def rewritten(change):
+    """A spoiler that changes what is in a checkpoint."""
+
+    def spoil(path):
+        saved = torch.load(path, weights_only=True)
+        change(saved)
+        torch.save(saved, path)
+
+    return spoil
 
 
-def put_nan(path):
-    saved = torch.load(path, weights_only=True)
-    saved["agent"]["critic.head.bias"][0] = torch.nan
-    torch.save(saved, path)
-
-
+NONE, NOT_FINITE = "is no checkpoint of", "not finite, first"
 SPOILED = {
-    "nan": (put_nan, "not finite"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "no checkpoint"),
-    "damaged": (damage, "no checkpoint"),
-    "empty": (lambda path: path.write_bytes(b""), "no checkpoint"),
-    "missing": (lambda path: path.unlink(), "no checkpoint"),
-    "foreign": (lambda path: torch.save({"model": torch.ones(2)}, path), "no checkpoint"),
-    "unknown": (lambda path: spoil(path, script="another"), "no checkpoint"),
-    "old": (lambda path: spoil(path, args={"temperature": 1.0}), "no checkpoint"),
-    "later": (lambda path: spoil(path, script="maipg_mpe"), "maipg_mpe.py are not supported yet"),
+    "missing": (lambda path: path.unlink(), NONE),
+    "empty": (lambda path: path.write_bytes(b""), NONE),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:5000]), NONE),
+    "a bit flipped": (flip_a_bit, "damaged"),
+    "text": (lambda path: path.write_text("import os"), NONE),
+    "foreign": (lambda path: torch.save({"model": torch.ones(2)}, path), NONE),
+    "a tensor": (lambda path: torch.save(torch.ones(2), path), NONE),
+    "matrix": (rewritten(lambda x: x.update(script="maipg_matrix")), "maipg_matrix"),
+    "unknown": (rewritten(lambda x: x.update(script="another")), "another"),
+    "another script's": (rewritten(lambda x: x.update(script="maipg_mpe")), "of maipg_mpe"),
+    "old flags": (rewritten(lambda x: x["args"].update(temperature=1.0)), "temperature"),
+    "old weights": (rewritten(lambda x: x["agent"].pop("policy.gru.bias_ih")), "gru.bias_ih"),
+    "old sizes": (rewritten(lambda x: x["args"].update(hidden_dim=9)), "size mismatch"),
+    "no weights": (rewritten(lambda x: x["agent"].clear()), NONE),
+    "no progress": (rewritten(lambda x: x.pop("progress")), "progress"),
+    "nan": (rewritten(lambda x: x["agent"]["critic.head.bias"].fill_(math.nan)), NOT_FINITE),
+    "infinite": (rewritten(lambda x: x["agent"]["policy.head.bias"].fill_(-math.inf)), NOT_FINITE),
+    "no such map": (rewritten(lambda x: x["args"].update(map_name="4m")), "--map-name 4m"),
 }
 
 
-@pytest.mark.parametrize("tool", [evaluate, variance])
+def refused(words, about, folder, capsys):
+    """Whether evaluate.py ends with one clear line, and writes nothing."""
+    before = sorted(folder.rglob("*"))
+    assert evaluate.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and about in error, error
+    assert sorted(folder.rglob("*")) == before
+
+
 @pytest.mark.parametrize("kind", SPOILED)
-def test_refusals(kind, tool, tmp_path, capsys):
+def test_refused_checkpoints(kind, tmp_path, capfd):
     save_run(tmp_path / "run")
     spoiler, about = SPOILED[kind]
     spoiler(tmp_path / "run" / "checkpoint.pt")
-    before = sorted(tmp_path.rglob("*"))
-    assert tool.main([str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and about in error
-    assert sorted(tmp_path.rglob("*")) == before
+    refused([str(tmp_path / "run"), "--capture-video"], about, tmp_path, capfd)
 
 
+SPREAD = "mpe2.simple_spread_v3:parallel_env"
 BAD = [
-    (evaluate, "--episodes 0", "--episodes"),
-    (evaluate, "--seed -1", "--seed"),
-    (variance, "--rollouts 0", "counts"),
-    (variance, "--nus 0 1.5", "--nus"),
+    ("maipg_smac", {}, "--episodes 0", "--episodes"),
+    ("maipg_mpe", {}, "--episodes -3", "--episodes"),
+    ("maipg_smac", {}, "--seed -1", "--seed"),
+    ("maipg_mpe", {}, "--seed 100000001", "--seed"),
+    ("maipg_smac", {}, f"--env-id {SPREAD}", "--env-id ''"),
+    ("maipg_mpe", {}, f"--env-id {SPREAD}", "--env-id ''"),
+    ("maipg_mpe", {"env_id": SPREAD}, "", f"--env-id '{SPREAD}'"),
+    ("maipg_mpe", {"env_id": SPREAD}, "--env-id json:loads", f"--env-id '{SPREAD}'"),
+    ("maipg_grf", {"scenario": "academy"}, "", "--scenario academy"),
 ]
 if not torch.cuda.is_available():
-    BAD.append((evaluate, "--device cuda", "no GPU"))
+    BAD += [(script, {}, "--device cuda", "no GPU") for script in ("maipg_mpe", "maipg_grf")]
 
 
-@pytest.mark.parametrize("tool, words, about", BAD)
-def test_bad_input(tool, words, about, tmp_path, capsys):
+@pytest.mark.parametrize("script, settings, words, about", BAD)
+def test_bad_input(script, settings, words, about, no_engine, tmp_path, capsys):
+    save_run(tmp_path / "run", script, **settings)
+    refused([str(tmp_path / "run"), *words.split()], about, tmp_path, capsys)
+
+
+def test_no_run_folder(tmp_path, capsys):
+    refused([str(tmp_path / "nowhere")], NONE, tmp_path, capsys)
+    refused([str(ROOT / "benchmark" / "results")], NONE, tmp_path, capsys)
+
+
+def test_football_without_gfootball(tmp_path, monkeypatch, capsys):
+    save_run(tmp_path / "run", "maipg_grf")
+    monkeypatch.setattr(grf, "find_spec", lambda name: None)
+    refused([str(tmp_path / "run")], "install_grf.sh", tmp_path, capsys)
+
+
+def test_games_that_have_changed_since(tmp_path, monkeypatch, capsys):
     save_run(tmp_path / "run")
-    assert tool.main([str(tmp_path / "run"), *words.split()]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and about in error
+    for change in ({"obs": 9}, {"actions": 6}):
+        monkeypatch.setattr(smac, "SMAXEnvs", lambda args, change=change: Toy(args, **change))
+        refused([str(tmp_path / "run")], "are not those of this run", tmp_path, capsys)
 
 
-def test_variance_is_for_maipg_alone(tmp_path, capsys):
-    save_run(tmp_path / "qmix", "qmix")
-    assert variance.main([str(tmp_path / "qmix")]) == 2
-    assert "is of qmix" in capsys.readouterr().err
+def test_unknown_device(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(tmp_path), "--device", "tpu"])
+    assert end.value.code == 2 and "tpu" in capsys.readouterr().err
+
+
+def test_code_named_in_a_checkpoint_is_not_imported(tmp_path, monkeypatch, capsys):
+    (tmp_path / "evil.py").write_text("open('touched', 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "run", "maipg_mpe", env_id=SPREAD)
+    rewritten(lambda x: x["args"].update(env_id="evil:make"))(tmp_path / "run" / "checkpoint.pt")
+    for words in ([], ["--env-id", SPREAD]):
+        refused([str(tmp_path / "run"), *words], "--env-id 'evil:make'", tmp_path, capsys)
+    assert "evil" not in sys.modules
 
 
 # ---------------------------------------------------------------------------------------- policies
-class Watched(Toy):
-    """Notes what was seen and done."""
+class Watched:
+    """Games that note what was seen and done."""
+
+    def __init__(self, games):
+        self.games = games
 
     def reset(self, seed):
-        self.now, self.steps = super().reset(seed), []
+        self.now, self.steps = self.games.reset(seed), []
         return self.now
 
     def step(self, actions):
-        answer = super().step(actions)
+        answer = self.games.step(actions)
         self.steps.append((self.now[0], self.now[2], actions, answer[4]))
         self.now = answer[:3]
         return answer
 
 
-@pytest.mark.parametrize("script", evaluate.SCRIPTS)
-def test_a_loaded_policy_acts_as_evaluate_does(script, tmp_path):
-    args, agent = save_run(tmp_path / "run", script, num_envs=4)
-    games = Watched(args)
-    args.eval_episodes = 40
-    smac.evaluate(agent.policy, games, 3, args)
+KINDS = [*((script, {}) for script in evaluate.SCRIPTS), ("maipg_mpe", {"continuous": True})]
+
+
+@pytest.mark.parametrize("script, settings", KINDS)
+def test_a_loaded_policy_acts_as_evaluate_does(script, settings, tmp_path):
+    args, agent, games = save_run(tmp_path / "run", script, num_envs=4, **settings)
+    games, args.eval_episodes = Watched(games), 40
+    evaluate.SCRIPTS[script][0].evaluate(agent.policy, games, 3, args)
     act, hidden, memory = evaluate.load_policy(tmp_path / "run"), None, 0
     for obs, avail, actions, done in games.steps:
         forgetful, _ = act(obs, avail)
         ours, hidden = act(obs, avail, hidden)
         assert torch.equal(ours, actions)
-        assert avail.gather(-1, ours.unsqueeze(-1)).all()  # what is masked is never chosen
+        if ours.dim() == 2:  # what is masked is never chosen
+            assert avail.gather(-1, ours.unsqueeze(-1)).all()
         memory += (forgetful != ours).sum()
         hidden[done] = 0.0  # their next episodes begin
     assert len(games.steps) > 40 and memory > 0
 
 
+def test_forces_are_the_mean_of_the_gaussian(tmp_path):
+    _, agent, games = save_run(tmp_path / "run", "maipg_mpe", continuous=True)
+    obs, _, avail = games.reset(7)
+    act = evaluate.load_policy(tmp_path / "run")
+    with torch.no_grad():
+        out, _ = agent.policy(obs[None], obs.new_zeros(2, 5, 8), torch.zeros(1, 2))
+    forces, _ = act(obs, avail)
+    torch.testing.assert_close(forces, torch.tanh(out[0]))
+    assert (forces.abs() <= 1).all() and forces.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("script, settings", KINDS)
+def test_episodes_are_those_of_the_scripts_own_evaluation(script, settings, tmp_path):
+    args, agent, games = save_run(tmp_path / "run", script, num_envs=3, **settings)
+    module, args.eval_episodes = evaluate.SCRIPTS[script][0], 6
+    expected = module.evaluate(agent.policy, games, 3, args)
+    policy = evaluate.policy_of(evaluate.load_run(tmp_path / "run"))
+    with evaluate.tqdm(total=6, disable=True) as bar:
+        episodes = evaluate.play(module, policy, games, 3, args, bar)
+    assert len(episodes["return"]) == 6
+    assert np.mean(episodes["return"]) == expected.pop("eval/episodic_return")
+    if expected:
+        assert np.mean(episodes["won"]) == expected["eval/win_rate"]
+    else:
+        assert "won" not in episodes
+
+
+TABLE = r"^(win rate|scored|return) +(-?[\d.]+) +95% interval \[(-?[\d.]+), (-?[\d.]+)\]$"
+
+
+@pytest.mark.parametrize(
+    "script, head, names",
+    [
+        ("maipg_grf", "academy_3_vs_1_with_keeper, maipg_grf at", ["scored", "return"]),
+        ("maipg_mpe", "spread, 5 agents, maipg_mpe at", ["return"]),
+    ],
+)
+def test_what_is_printed(script, head, names, no_engine, tmp_path, capsys):
+    save_run(tmp_path / "run", script)
+    assert evaluate.main([str(tmp_path / "run"), "--episodes", "6"]) == 0
+    first, *table = capsys.readouterr().out.splitlines()
+    assert first == f"{head} step 1,234: 6 episodes"
+    rows = [re.match(TABLE, line).groups() for line in table]
+    assert [row[0] for row in rows] == names
+    assert all(float(low) < float(mean) < float(high) for _, mean, low, high in rows)
+
+
+@pytest.mark.parametrize("env_id, continuous", [(SPREAD, False), ("toy_zoo:Steady", True)])
+def test_pettingzoo(env_id, continuous, toy_zoo, capsys):
+    """Returns of episodes that are stepped here, through PettingZoo alone."""
+    args, agent, games = save_run("run", "maipg_mpe", env_id=env_id, continuous=continuous)
+    assert evaluate.main(["run", "--env-id", env_id, "--episodes", "2", "--seed", "5"]) == 0
+    text = capsys.readouterr().out
+    act, returns = evaluate.load_policy("run"), []
+    for k in range(2):
+        env, total, hidden = games.make(), 0.0, None
+        seen, _ = env.reset(seed=2 * 10**9 + 5 + 1000 * k)
+        while env.agents:
+            obs = np.stack([seen[a] for a in env.agents])
+            obs = torch.tensor(np.concatenate([obs, np.eye(len(obs))], 1), dtype=torch.float)
+            width = games.avail.shape[1]
+            actions, hidden = act(obs[None], torch.ones(1, len(obs), width).bool(), hidden)
+            actions = actions[0] if continuous else actions[0].argmax(-1)
+            seen, rewards, *_ = env.step(dict(zip(env.agents, actions.numpy())))
+            total += sum(rewards.values()) / len(rewards)
+        returns.append(total)
+    expected = f"return    {np.mean(returns):.3f} "
+    assert text.splitlines()[0] == f"{env_id}, maipg_mpe at step 1,234: 2 episodes"
+    assert expected in text, (text, expected)
+
+
 # ---------------------------------------------------------------------------------------- films
 @pytest.fixture(scope="module")
 def smax():
-    """SMAXEnvs that are compiled once for each number of games."""
+    """SMAXEnvs that are compiled once for each map and number of games."""
     genuine, made = smac.SMAXEnvs, {}
 
     def make(args):
-        if args.num_envs not in made:
-            made[args.num_envs] = genuine(args)
-        games = copy.copy(made[args.num_envs])
+        key = args.map_name, args.num_envs
+        if key not in made:
+            made[key] = genuine(args)
+        games = copy.copy(made[key])
         games.args = args
         return games
 
@@ -273,14 +422,25 @@ def smax():
 
 @pytest.fixture(scope="module")
 def trained(smax, tmp_path_factory):
-    """A real run of two updates, its policy made resolute."""
+    """A real run of two updates."""
     place = tmp_path_factory.mktemp("trained")
-    words = "--map-name 3m --backend smax --num-envs 2 --rollout-steps 20 --total-timesteps 80"
-    words += f" --eval-every 40 --eval-episodes 2 --nu 0.4 --device cpu --runs-dir {place}"
+    words = "--map-name 3m --backend smax --num-envs 1 --rollout-steps 20 --total-timesteps 40"
+    words += f" --eval-every 40 --eval-episodes 1 --nu 0.4 --device cpu --runs-dir {place}"
     torch.set_num_threads(1)
     assert smac.main(words.split()) == 0
     (folder,) = place.iterdir()
     return folder
+
+
+def test_the_example_of_the_readme(trained, smax):
+    """A policy in another project; on the map of the run that there is."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (code,) = [x for x in blocks if "load_policy" in x]
+    assert "RUN_DIR" in code and "2s3z" in code
+    names = {}
+    exec(code.replace("RUN_DIR", str(trained)).replace("2s3z", "3m"), names)
+    assert names["done"].all() and names["actions"].shape == (1, 3)
+    assert names["hidden"].abs().max() > 0
 
 
 def shoot(obs, avail, hidden):
@@ -290,44 +450,40 @@ def shoot(obs, avail, hidden):
 
 def test_the_film_shows_the_episode(trained, smax, monkeypatch, capfd):
     """Whole command line; and its world states are those of the games that are evaluated."""
-    films, genuine = [], evaluate.play_smax
-    keep = lambda *words: films.append(genuine(*words)) or films[-1]
-    monkeypatch.setattr(evaluate, "play_smax", keep)
+    worlds, genuine = [], films.battle
+    keep = lambda env, world, view: worlds.append(world) or genuine(env, world, view)
+    monkeypatch.setattr(films, "battle", keep)
     monkeypatch.setattr(evaluate, "load_policy", lambda run_dir: shoot)  # many shots, much chance
     words = [str(trained), "--capture-video", "--episodes", "3", "--seed", "4"]
     assert evaluate.main(words) == 0
-    text, (_, worlds) = capfd.readouterr().out, films[0]
-    assert "4 episodes" in text and re.search(r"film .*film.gif: (won|lost|time is up)", text)
-
+    text = capfd.readouterr().out
     saved = evaluate.load_run(trained)
     args = smac.Args(**saved["args"])
     seed, policy = 2 * 10**9 + 4, evaluate.policy_of(saved)
     args.eval_episodes = 3
     rate, mean = smac.evaluate(policy, smax(args), seed, args).values()
+    assert "smax 3m, maipg_smac at step 40: 3 episodes" in text
     assert f"win rate  {rate:.3f} " in text and f"return    {mean:.3f} " in text
 
-    # The first of two games has the seed of the film's.
-    two = smax(args)
-    seen = two.reset(seed)
-    for world in worlds[:-1]:
-        shown = two.games[1].state
-        np.testing.assert_allclose(world.unit_positions, shown.unit_positions[0], atol=1e-5)
-        np.testing.assert_allclose(world.unit_health, shown.unit_health[0], atol=1e-4)
-        *seen, reward, done, won = two.step(shoot(seen[0], seen[2], None)[0])
-        assert bool(done[0]) == (int(world.step) == int(worlds[-2].step))
-    assert ("won" in text.splitlines()[-1]) == bool(won[0])
+    games, total = smax(args), 0.0
+    seen = games.reset(seed)
+    for k, world in enumerate(worlds[:-1]):
+        shown = games.games[1].state
+        np.testing.assert_array_equal(world.unit_positions, shown.unit_positions[0])
+        np.testing.assert_array_equal(world.unit_health, shown.unit_health[0])
+        *seen, reward, done, won = games.step(shoot(seen[0], seen[2], None)[0])
+        assert done.item() == (k == len(worlds) - 2)
+        total += reward.item()
+    outcome = "won" if won.item() else "not won"
+    end = f"smax 3m   step {len(worlds) - 1}   return {total:.2f}   {outcome}"
+    assert text.splitlines()[-1] == f"film {trained}/film.gif: {end}"
 
-    film = Image.open(trained / "film.gif")
-    assert film.n_frames == len(worlds) > 5
-    assert (trained / "film.gif").stat().st_size < 2_000_000
-    pictures = []
-    for k in (0, film.n_frames // 2, film.n_frames - 1):
-        film.seek(k)
-        pictures.append(np.asarray(film.convert("RGB")).astype(int))
-    for colour in evaluate.COLOURS:  # three units of each side
-        assert (abs(pictures[0] - colour).sum(-1) < 60).sum() > 100
-    assert all((a != b).any() for a, b in zip(pictures, pictures[1:]))
-    assert film.info["duration"] == 2500  # the end stays for a while
+    frames, times = frames_of(trained / "film.gif")
+    assert len(frames) == len(worlds) > 5 and times[-1] == 2500
+    assert (trained / "film.gif").stat().st_size < films.LIMIT
+    for colour in films.COLOURS:  # three units of each side
+        assert (abs(frames[0] - colour).sum(-1) < 60).sum() > 100
+    assert all((a != b).any() for a, b in zip(frames, frames[1:]))
 
 
 def test_a_picture_shows_health_and_the_dead(smax):
@@ -336,24 +492,253 @@ def test_a_picture_shows_health_and_the_dead(smax):
     from jaxmarl.environments.smax import HeuristicEnemySMAX, map_name_to_scenario
 
     env = HeuristicEnemySMAX(scenario=map_name_to_scenario("3m"))
-    world = env.reset(jax.random.PRNGKey(0))[1].state
+    world = jax.tree.map(np.array, env.reset(jax.random.PRNGKey(0))[1].state)
     places = np.array([[4.0, 4], [8, 4], [12, 4], [4, 12], [8, 12], [12, 12]])
-    health, view = np.array(world.unit_health), (np.array([0.0, 0.0]), np.array([16.0, 16.0]))
+    health, view = world.unit_health.copy(), (np.array([0.0, 0.0]), np.array([16.0, 16.0]))
     health[1] /= 2
     alive = np.array([True, True, False, True, True, True])
     world = world.replace(unit_positions=places, unit_health=health, unit_alive=alive)
-    picture = np.asarray(evaluate.draw(env, world, view, "3m").convert("RGB")).astype(int)
-    assert picture.shape == (500, 480, 3)
+    picture = np.asarray(films.battle(env, world, view)).astype(int)
+    assert picture.shape == (480, 480, 3)
 
     def ink(i):
         """Pixels in the colour of unit i's side about its place."""
-        x, y = 30 * places[i, 0], 500 - 30 * places[i, 1]
+        x, y = 30 * places[i, 0], 480 - 30 * places[i, 1]
         part = picture[int(y) - 25 : int(y) + 25, int(x) - 25 : int(x) + 25]
-        return (abs(part - evaluate.COLOURS[int(i >= 3)]).sum(-1) < 40).sum()
+        return (abs(part - films.COLOURS[int(i >= 3)]).sum(-1) < 40).sum()
 
     whole = ink(0)
     assert whole > 150 and ink(4) == pytest.approx(whole, rel=0.1)
     assert 0.4 < ink(1) / whole < 0.8 and ink(2) == 0
+
+
+# ---------------------------------------------------------------------------- films of other games
+ZOO = """
+import numpy as np
+from gymnasium.spaces import Box
+from pettingzoo import ParallelEnv
+
+class Steady(ParallelEnv):
+    metadata = {"name": "steady"}
+    possible_agents = ["a", "b"]
+    shown, length = True, 6
+
+    def observation_space(self, agent):
+        return Box(-9, 9, (3,), np.float32)
+
+    def action_space(self, agent):
+        return Box(-1, 1, (2,), np.float32)
+
+    def see(self):
+        return {a: np.float32([i, self.t, 1]) for i, a in enumerate(self.possible_agents)}
+
+    def reset(self, seed=None, options=None):
+        self.agents, self.t = list(self.possible_agents), 0
+        return self.see(), {a: {} for a in self.agents}
+
+    def step(self, actions):
+        self.t += 1
+        rewards, over = {a: float(x.sum()) for a, x in actions.items()}, self.t >= self.length
+        acted, self.agents = self.agents, [] if over else self.agents
+        ended = dict.fromkeys(acted, over)
+        return self.see(), rewards, dict.fromkeys(acted, False), ended, dict.fromkeys(acted, {})
+
+    def render(self):
+        if self.shown:
+            return np.full((60, 900, 3), 40 * self.t)
+
+class Hidden(Steady):
+    shown = False
+
+class Endless(Steady):
+    length = 10**9
+    def render(self):
+        return np.zeros((4, 4, 3))
+"""
+
+
+@pytest.fixture
+def toy_zoo(tmp_path, monkeypatch):
+    (tmp_path / "toy_zoo.py").write_text(ZOO)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("toy_zoo", None)
+
+
+def frames_of(path):
+    """The frames of a film as arrays, and their milliseconds."""
+    film, frames, times = Image.open(path), [], []
+    for k in range(film.n_frames):
+        film.seek(k)
+        frames.append(np.asarray(film.convert("RGB")).astype(int))
+        times.append(film.info["duration"])
+    return frames, times
+
+
+@pytest.mark.parametrize(
+    "task, continuous", [("spread", False), ("line", True), ("formation", False)]
+)
+def test_a_film_of_particles(task, continuous, tmp_path, capsys):
+    settings = {"scenario": task, "continuous": continuous, "num_agents": 3}
+    args, agent, _ = save_run(tmp_path, "maipg_mpe", **settings)
+    assert evaluate.main([str(tmp_path), "--episodes", "2", "--capture-video"]) == 0
+    text, (frames, times) = capsys.readouterr().out, frames_of(tmp_path / "film.gif")
+    args.num_envs = args.eval_episodes = 1
+    games, seed = mpe.ParticleEnvs(args), 2 * 10**9 + 1
+    mean = mpe.evaluate(agent.policy, games, seed, args)["eval/episodic_return"]
+    assert text.endswith(
+        f"film {tmp_path}/film.gif: {task}, 3 agents   step 25   return {mean:.2f}\n"
+    )
+    assert len(frames) == 26 and times == [200] * 25 + [2500]
+    assert (tmp_path / "film.gif").stat().st_size < 300_000
+    # Where mpe2 draws: 700 pixels across, the farthest of all at 0.9 of the half; here halved.
+    games.reset(seed)
+    places = torch.cat([games.pos[0], games.landmarks[0]]).numpy()
+    pixels = 175 + 0.9 * 175 * places * [1, -1] / abs(places).max() + [0, films.HEAD]
+    for i, (x, y) in enumerate(pixels):
+        colour = frames[0][int(y), int(x)]
+        blue = colour[2] > 100 and colour[2] > colour[0] + 50
+        # Landmarks lie above the agents.
+        assert colour.max() < 80 or (i < 3 and blue), (i, colour)
+    assert (frames[0] != frames[-1]).any()
+
+
+def test_a_film_of_pettingzoo(toy_zoo, capsys):
+    """Of what makes pictures when it is asked to: they are the environment's own."""
+    _, _, games = save_run("run", "maipg_mpe", env_id=SPREAD)
+    words = ["run", "--env-id", SPREAD, "--episodes", "1", "--capture-video"]
+    assert evaluate.main(words) == 0
+    frames, _ = frames_of("run/film.gif")
+    env = games.make(render_mode="rgb_array")
+    env.reset(seed=2 * 10**9 + 1)
+    first = np.asarray(Image.fromarray(env.render()).resize((480, 480))).astype(int)
+    shown = frames[0][films.HEAD :]
+    assert len(frames) == 26 and shown.shape == (480, 480, 3)
+    assert abs(shown - first).mean() < 3 and (first < 128).any()
+
+
+def test_frames_of_an_environment_without_a_choice(toy_zoo, capsys):
+    for name in ("Steady", "Hidden"):
+        save_run(name, "maipg_mpe", env_id=f"toy_zoo:{name}", continuous=True)
+    words = ["--episodes", "1", "--capture-video", "--env-id"]
+    assert evaluate.main(["Steady", *words, "toy_zoo:Steady"]) == 0
+    frames, _ = frames_of("Steady/film.gif")
+    assert len(frames) == 7 and frames[0].shape == (32 + films.HEAD, 480, 3)
+    for t, frame in enumerate(frames):  # the last one twice
+        assert abs(frame[films.HEAD :] - 40 * min(t, 5)).max() < 8
+    capsys.readouterr()
+    refused(["Hidden", *words, "toy_zoo:Hidden"], "gives no rgb_array", Path("Hidden"), capsys)
+
+
+def test_an_episode_without_end(toy_zoo):
+    args = mpe.Args(env_id="toy_zoo:Endless", continuous=True, num_envs=1, device="cpu")
+    games = mpe.PettingZooEnvs(args)
+    look, draw = films.pettingzoo(games)
+    act = lambda obs, avail, hidden: (torch.ones(1, 2, 2), None)
+    seen, returns, won = films.episode(act, games, 1, look)
+    assert len(seen) == len(returns) == 1001 and not won
+    assert returns == [2.0 * t for t in range(1001)]
+
+
+def test_a_large_film_loses_frames(monkeypatch):
+    monkeypatch.setattr(films, "LIMIT", 120_000)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (34, 100, 100, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(x).quantize(64) for x in pixels]
+    content = io.BytesIO(films.gif(pictures, 50))
+    frames, times = frames_of(content)
+    assert 60_000 < len(content.getvalue()) < 120_000
+    assert len(frames) == 10 and times == [200] * 9 + [2500]
+    for k, number in ((0, 0), (4, 16), (8, 32), (9, 33)):
+        np.testing.assert_array_equal(frames[k], np.asarray(pictures[number].convert("RGB")))
+
+
+class Match(Toy):
+    """A ball that rolls into the goal in twelve steps, among three and two players."""
+
+    def look(self):
+        obs = torch.zeros(self.count, 3, 115)
+        obs[..., :97] = -1.0  # no such players
+        obs[..., :6] = torch.tensor([-1.0, 0, 0.6, 0.2, 0.6, -0.2])
+        obs[..., 44:48] = torch.tensor([1.0, 0, 0.8, 0.1])
+        obs[..., 88:91] = torch.tensor([0.4 + 0.05 * self.time, 0.0, 0.1])
+        obs[:, [0, 1, 2], [98, 99, 99]] = 1.0  # two of the three agents steer the same
+        return obs, obs[:, 0, :97], torch.ones(self.count, 3, 19).bool()
+
+    def reset(self, seed):
+        self.time = 0
+        return self.look()
+
+    def step(self, actions):
+        self.time = (self.time + 1) % 12
+        done = torch.full((self.count,), self.time == 0)
+        return *self.look(), 0.5 + done, done, done
+
+
+def test_a_film_of_football(no_engine, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(grf, "FootballEnvs", Match)
+    games = Match(grf.Args(num_envs=1))
+    look = dict(zip(("obs", "state", "avail"), games.reset(0)))
+    save_run(tmp_path, "maipg_grf", look=look)
+    assert evaluate.main([str(tmp_path), "--episodes", "2", "--capture-video"]) == 0
+    text, (frames, times) = capsys.readouterr().out, frames_of(tmp_path / "film.gif")
+    assert "scored    1.000   95% interval [0.342, 1.000]\nreturn    7.000 " in text
+    assert text.endswith("academy_3_vs_1_with_keeper   step 12   return 7.00   scored\n")
+    assert len(frames) == 13 and times[-1] == 2500
+    zoom = 480 / 1.2  # what is seen begins at -0.1
+    ball = lambda t: (int(0.47 * zoom) + films.HEAD, int((0.5 + 0.05 * t) * zoom))
+    for t in (0, 5, 11):
+        # White; without the ball it is grass.
+        assert frames[t][ball(t)].min() > 245 and frames[t][ball((t + 6) % 12)].min() < 240
+    assert abs(frames[12] - frames[11])[films.HEAD :].max() == 0
+
+
+def test_a_picture_of_football():
+    obs = Match(grf.Args(num_envs=1)).reset(0)[0][0].numpy()
+    whole = np.asarray(films.pitch(obs, -1.1)).astype(int)
+    zoom = 480 / 2.2
+    assert whole.shape == (int(0.94 * 2 * zoom) // 2, 480, 3)
+
+    def ink(x, y, colour):
+        """Pixels of a colour about a place."""
+        i, j = int((y + 0.47) * zoom), int((x + 1.1) * zoom)
+        part = whole[max(i - 7, 0) : i + 8, max(j - 7, 0) : j + 8]
+        return (abs(part - colour).sum(-1) < 100).sum()
+
+    ours, theirs = films.COLOURS
+    for x, y, steered in ((-1, 0, False), (0.6, 0.2, True), (0.6, -0.2, True)):
+        assert ink(x, y, ours) > 10 and ink(x, y, theirs) == 0
+        assert (ink(x, y, (0, 0, 0)) > 10) == steered
+    for x, y in ((1, 0), (0.8, 0.1)):
+        assert ink(x, y, theirs) > 10 and ink(x, y, ours) == ink(x, y, (0, 0, 0)) == 0
+    for colour, count in ((ours, 3), (theirs, 2)):
+        assert (abs(whole - colour).sum(-1) < 100).sum() < (count + 0.7) * ink(0.8, 0.1, theirs)
+    high = obs.copy()
+    high[:, 90] = 5.0
+    black = [(np.asarray(films.pitch(x, -1.1)).max(-1) < 60).sum() for x in (obs, high)]
+    assert black[1] > black[0] + 20
+
+
+def run_right(saved):
+    saved["agent"]["policy.head.bias"][5] = 1000.0  # into the empty goal
+
+
+def test_football_on_the_engine(tmp_path, capfd):
+    reason = "gfootball is not installed (benchmark/install_grf.sh)"
+    pytest.importorskip("gfootball", reason=reason, exc_type=ImportError)
+    settings = {"scenario": "academy_empty_goal_close", "num_envs": 2, "num_workers": 1}
+    avail = torch.ones(2, 1, 19).bool()
+    look = {"obs": torch.zeros(2, 1, 115), "state": torch.zeros(2, 104), "avail": avail}
+    save_run(tmp_path, "maipg_grf", look=look, **settings)
+    rewritten(run_right)(tmp_path / "checkpoint.pt")
+    assert evaluate.main([str(tmp_path), "--episodes", "2", "--capture-video"]) == 0
+    text, (frames, _) = capfd.readouterr().out, frames_of(tmp_path / "film.gif")
+    head, scored, mean, film = text.splitlines()
+    assert head == "academy_empty_goal_close, maipg_grf at step 1,234: 2 episodes"
+    assert scored.startswith("scored    1.000 ") and film.endswith("scored")
+    assert f"step {len(frames) - 1} " in film and 10 < len(frames) < 100
+    assert (tmp_path / "film.gif").stat().st_size < films.LIMIT
 
 
 # ---------------------------------------------------------------------------------- StarCraft II
@@ -388,7 +773,7 @@ def test_a_replay_of_starcraft(standin, tmp_path, monkeypatch, capfd):
 
     monkeypatch.setenv("STANDIN_SMAC_FAULTS", '[{"step": 3, "kind": "crash"}]')
     with pytest.raises(smac.GameError, match="crashed"):
-        evaluate.replay_sc2(evaluate.load_policy(folder), "3m", 7, folder)
+        films.replay(evaluate.load_policy(folder), smac.Args(map_name="3m"), 7, folder)
 
 
 def test_the_installation_ends_with_a_check_that_plays(standin, tmp_path):
@@ -405,205 +790,3 @@ def test_the_installation_ends_with_a_check_that_plays(standin, tmp_path):
         assert answer.returncode == code, answer.stderr
         assert ("ok: maipg_smac.py has played" in answer.stdout) == (code == 0)
     assert answer.stderr.startswith("error: --backend sc2") and answer.stderr.count("\n") == 1
-
-
-# ---------------------------------------------------------------------------------------- variance
-def measured(critic="paper", mixer="qmix", **settings):
-    """Two rollouts of Toy with one chunk per game: args, agent, and of the second one `now` as it
-    was before, buffer, batch, sigma_A, and the agent after estimate()."""
-    common = dict(backend="smax", device="cpu", num_envs=4, rollout_steps=20, chunk_length=20)
-    args = smac.Args(**common, nu=0.5, hidden_dim=8, critic=critic, mixer=mixer, **settings)
-    games, buffer, rng = Toy(args), {}, torch.Generator().manual_seed(2)
-    now = smac.begin(games, 1, args)
-    torch.manual_seed(4)
-    agent = smac.Agent(now, args)
-    for name, x in agent.named_parameters():
-        x.data += (3.0 if "head.weight" in name else 0.1) * torch.randn_like(x)
-    for name, mean, std in (("v_norm", 2.0, 1.5), ("q_norm", 3.0, 0.7)):
-        if hasattr(agent, name):
-            norm = getattr(agent, name)
-            norm.moments.copy_(torch.tensor([mean, mean**2 + std**2, 1.0]))
-            norm.mean.fill_(mean)
-            norm.std.fill_(std)
-    smac.rollout(agent.policy, games, buffer, now, args.rollout_steps, rng)
-    smac.estimate(agent, buffer, now, args)
-    before, used = dict(now), copy.deepcopy(agent)
-    smac.rollout(agent.policy, games, buffer, now, args.rollout_steps, rng)
-    batch, metrics = smac.estimate(used, buffer, now, args)
-    return args, agent, before, buffer, batch, metrics, used
-
-
-def one_by_one(network, hidden, buffer, T, with_state):
-    """A network over a buffer, a step at a time: outputs and last features [T + 1, N, n, ...]."""
-    outs, features = [], []
-    for t in range(T + 1):
-        state = buffer["state"][t][None] if with_state else None
-        out, hiddens = network(buffer["obs"][t][None], hidden, buffer["keep"][t][None], state)
-        hidden = hiddens[0]
-        outs.append(out[0])
-        features.append(network.norm(hidden))
-    return torch.stack(outs), torch.stack(features)
-
-
-def numpy_mixer(mixer, chosen, state):
-    """q_tot of utilities `chosen` [n] in a state [S], by QMIX's formulas or VDN's."""
-    numbers = lambda layer: (layer.weight.detach().numpy(), layer.bias.detach().numpy())
-    apply = lambda layer, x: numbers(layer)[0] @ x + numbers(layer)[1]
-    hyper = lambda net, x: apply(net[2], np.maximum(apply(net[0], x), 0))
-    s = (state - state.mean()) / np.sqrt(state.var() + 1e-5)
-    s = s * numbers(mixer.norm)[0] + numbers(mixer.norm)[1]
-    value = hyper(mixer.value, s)[0]
-    if mixer.kind == "vdn":
-        return chosen.sum() + value
-    x = chosen @ np.abs(hyper(mixer.w_1, s)).reshape(len(chosen), -1) + apply(mixer.b_1, s)
-    return np.where(x > 0, x, np.expm1(x)) @ np.abs(hyper(mixer.w_2, s)) + value
-
-
-def raw_advantages(args, agent, now, buffer):
-    """(GAE [T, N, n] as a sum over later steps, V [T + 1, N, n]) in the reward's unit."""
-    T, N, gamma, lam = args.rollout_steps, args.num_envs, args.gamma, args.gae_lambda
-    with torch.no_grad():
-        values, _ = one_by_one(agent.critic, now["critic_hidden"], buffer, T, True)
-    values = values[..., 0].double().numpy() * 1.5 + 2.0
-    reward, done, raw = buffer["reward"].numpy(), buffer["done"].numpy(), np.zeros_like(values[:T])
-    for t, k in np.ndindex(T, N):
-        for j in range(t, T):
-            following = 0.0 if done[j, k] else gamma * values[j + 1, k]
-            raw[t, k] += (gamma * lam) ** (j - t) * (reward[j, k] + following - values[j, k])
-            if done[j, k]:
-                break
-    return raw, values
-
-
-def by_numpy(args, agent, now, buffer):
-    """{r_var_pi, r_var_v, corr, slope} from sums over steps and agents."""
-    T, N = args.rollout_steps, args.num_envs
-    with torch.no_grad():
-        hidden = now["policy_hidden"]
-        logits, features = one_by_one(agent.policy, hidden, buffer, T, False)
-        if args.critic == "paper":
-            hidden = now["utility_hidden"]
-            utilities = one_by_one(agent.q.utility, hidden, buffer, T, True)[0].numpy()
-    raw, values = raw_advantages(args, agent, now, buffer)
-    avail, actions = buffer["avail"].numpy(), buffer["actions"].numpy()
-    weights = np.where(avail, np.exp(logits.double().numpy()), 0.0)
-    pi, alive = weights / weights.sum(-1, keepdims=True), avail.sum(-1) > 1
-    sigma, rows = raw[alive[:T]].std(), []
-    for t, k in np.ndindex(T, N):
-        living, x, p = alive[t, k], actions[t, k], pi[t, k]
-        a = raw[t, k][living].mean()
-        if args.critic == "paper":
-            u, state = utilities[t, k], buffer["state"][t, k].numpy()
-            q, q_pi = (numpy_mixer(agent.q.mixer, (u * y).sum(-1), state) for y in (x, p))
-            v = values[t, k][living].mean()
-            rows.append((a, 0.7 * (q - q_pi), 0.7 * q + 3.0 - v))
-            continue
-        w, qc = agent.compatible.weights.numpy(), 0.0
-        for i in np.flatnonzero(living):
-            h = np.append(features[t, k, i].numpy(), 1.0)
-            qc += (h @ w * (x[i] - p[i])).sum() * sigma  # it is fitted to A / sigma
-        rows.append((a, qc, math.nan))
-    a, qc, qv = np.array(rows).T
-    cov = ((a - a.mean()) * (qc - qc.mean())).mean()
-    return {
-        "r_var_pi": (a - qc).var() / a.var(),
-        "r_var_v": (a - qv).var() / a.var(),
-        "corr": cov / (a.std() * qc.std()),
-        "slope": cov / qc.var(),
-    }
-
-
-@pytest.mark.parametrize("critic, mixer", [("paper", "qmix"), ("paper", "vdn"), ("compatible", "")])
-def test_control_variates(critic, mixer):
-    args, agent, now, buffer, batch, metrics, _ = measured(critic, mixer)
-    ours = variance.control_variate(agent, batch, metrics["diagnostics/sigma_a"])
-    expected = by_numpy(args, agent, now, buffer)
-    if critic == "compatible":
-        del expected["r_var_v"]  # it has no value
-    assert ours == {key: pytest.approx(x, rel=1e-4, abs=1e-5) for key, x in expected.items()}
-    assert abs(ours["corr"]) > 0.01 and abs(ours["r_var_pi"] - 1) > 0.003
-    # The script's own numbers of the same rollout.
-    assert ours["corr"] == pytest.approx(metrics["variance/corr"].item(), rel=1e-3, abs=1e-5)
-    assert ours["slope"] == pytest.approx(metrics["variance/slope"].item(), rel=1e-3, abs=1e-5)
-
-
-def gradients_by_hand(args, agent, now, buffer, nu, ent_coef):
-    """The policy's gradient on each game, [N, parameters]: of probabilities, nothing clipped."""
-    T, parameters, rows = (
-        args.rollout_steps,
-        [x for x in agent.policy.parameters() if x.numel()],
-        [],
-    )
-    raw, _ = raw_advantages(args, agent, now, buffer)
-    live = raw[buffer["avail"][:T].sum(-1).numpy() > 1]
-    advantages = torch.tensor((raw - live.mean()) / live.std(), dtype=torch.float32)
-    for k in range(args.num_envs):
-        part = {key: x[:, k : k + 1] for key, x in buffer.items()}
-        one = {key: x[k : k + 1] for key, x in now.items()}
-        avail, alive = part["avail"][:T, 0], part["avail"][:T, 0].sum(-1) > 1
-        logits, _ = one_by_one(agent.policy, one["policy_hidden"], part, T, False)
-        p = torch.softmax(torch.where(avail, logits[:T, 0], -1e10), -1)
-        taken = (p * part["actions"][:T, 0]).sum(-1)
-        first = (taken / taken.detach() * advantages[:, k])[alive].mean()
-        with torch.no_grad():
-            utilities, _ = one_by_one(agent.q.utility, one["utility_hidden"], part, T, True)
-        weights = agent.q.mixer.weights(part["state"][:T, 0])
-        q = 0.7 * agent.q.mixer(utilities[:T, 0], p, weights).mean()
-        second = q / (alive.float().sum(-1).mean() * live.std())
-        entropy = -(p * torch.log(p.clamp(min=1e-30))).sum(-1)[alive].mean()
-        loss = -((1 - nu) * first + nu * second + ent_coef * entropy)
-        grads = torch.autograd.grad(loss, parameters)
-        rows.append(np.concatenate([x.double().flatten().numpy() for x in grads]))
-    return np.stack(rows)
-
-
-@pytest.mark.parametrize("nu", [0.0, 0.3, 1.0])
-def test_trace(nu):
-    args, agent, now, buffer, batch, metrics, used = measured()
-    sigma, setting = metrics["diagnostics/sigma_a"], replace(args, nu=nu, ent_coef=0.02)
-    ours = variance.trace(used, batch, sigma, None, setting)
-    grads = gradients_by_hand(args, agent, now, buffer, nu, 0.02)
-    spread = ((grads - grads.mean(0)) ** 2).sum() / (len(grads) - 1)
-    assert ours == pytest.approx(spread / len(grads), rel=5e-3)
-
-
-def test_reference():
-    """With V as it is: PPO's gradient of the whole rollout. Refitted: V is better, and only V."""
-    args, agent, now, buffer, batch, metrics, used = measured()
-    sigma, before = metrics["diagnostics/sigma_a"], copy.deepcopy(agent.state_dict())
-    grads, sigmas = variance.reference(agent, [buffer], now, args, 0)
-    assert sigmas[0] == sigmas[1] == pytest.approx(sigma.item(), rel=1e-5)
-    bare = replace(args, nu=0.0, ent_coef=0.0)
-    expected = variance.gradient(used, batch, sigma, None, bare)
-    torch.testing.assert_close(grads, expected[None], rtol=1e-3, atol=1e-5)
-    lively = replace(args, learning_rate=0.01)
-    grads, sigmas = variance.reference(agent, [buffer, buffer], now, lively, 40)
-    assert grads.shape == (2, len(expected)) and sigmas[1] < 0.9 * sigmas[0]
-    assert variance.cosine(grads[0], expected) < 0.999
-    assert all(torch.equal(x, before[key]) for key, x in agent.state_dict().items())
-
-
-def test_variance_of_a_run(trained, capfd):
-    before = (trained / "checkpoint.pt").read_bytes()
-    words = "--rollouts 2 --nus 0 0.5 --cosine --reference-rollouts 2 --sweeps 1".split()
-    assert variance.main([str(trained), *words]) == 0
-    out = capfd.readouterr().out
-    assert re.search(r"^3m, nu 0.4, critic paper: 2 rollouts of 40 steps$", out, re.M)
-    for name in ("r_var_pi", "r_var_v", "corr", "slope"):
-        assert re.search(rf"^  {name} +-?\d+\.\d+ +\(each: ", out, re.M)
-    traces, cosines = out.split("cosine with the reference")
-    row = r"expectation +(-?\d\.\d+) +(-?\d\.\d+)"
-    base, half = map(float, re.search(row, traces).groups())
-    assert base == 1.0 and 0 < half < 1
-    assert len(re.findall(r"-?\d\.\d{3}", cosines)) == 6  # nu = 0, 0.5 and 1, twice
-    assert all(-1 <= float(x) <= 1 for x in re.findall(r"-?\d\.\d{3}", cosines))
-    assert (trained / "checkpoint.pt").read_bytes() == before
-
-
-def test_variance_of_mappo(tmp_path, monkeypatch, capsys):
-    """Without a second critic there is only nu = 0."""
-    save_run(tmp_path / "run", rollout_steps=20, nu=0.0)
-    monkeypatch.setattr(smac, "SMAXEnvs", Toy)
-    assert variance.main([str(tmp_path / "run"), "--rollouts", "1"]) == 0
-    out = capsys.readouterr().out
-    assert "critic none" in out and "r_var" not in out and out.count("1.000") == 1
