@@ -2,199 +2,133 @@
 
     python benchmark/matrix_variance.py [--out-dir benchmark/results/matrix]
 
-For random games with entries uniform in [0, 1] and a random policy, critics (VDN, QMIX, and an
-unfactorised MLP) are fitted to a number of samples of that policy. Then:
+For random games of 3 agents with 5 actions, entries uniform in [0, 1], and a random policy each;
+critics (VDN, QMIX, and an unfactorised MLP) are fitted to samples of that policy. Mean and standard
+error over games:
 
 * variance.csv: the trace of the covariance of the gradient estimate (a batch of joint actions for
-  the first term, as many Gumbel samples for the second), relative to nu = 0, against nu; with the
-  critic frozen, and with a critic that was fitted to the very same batch.
+  the first term, as many Gumbel samples for the second), relative to nu = 0, against nu; with a
+  critic that is frozen, fitted to 2048 other samples, and with one that was fitted to the very
+  same batch.
 * r_var.csv: R_Var = Var(A - Qc) / Var(A) with Qc = q_tot(a) - E_pi q_tot, exact over all joint
   actions, against the number of samples that the critic was fitted to. Below 1 it helps.
-* variance.png: both.
 """
 
-import math
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib
+import pandas as pd
 import torch
-import torch.nn.functional as F
 import tyro
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import maipg_matrix as maipg  # noqa: E402
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-STYLES = {
-    "vdn": ("#0072B2", "o", "-"),
-    "qmix": ("#009E73", "s", "--"),
-    "joint": ("#D55E00", "^", ":"),
-}
+SETTINGS = {"batch_size": 128, "critic_lr": 0.02, "device": "cpu"}
+SAMPLES = (32, 128, 512, 2048, 8192)  # that critics are fitted to
 
 
 @dataclass
-class Study:
-    setting: str = "3x5"  # agents x actions
+class Args:
     num_games: int = 10  # random games, each with a random policy
-    replicates: int = 100  # gradient estimates per game
-    batch_size: int = 128  # joint actions per estimate
-    samples: tuple[int, ...] = (32, 128, 512, 2048, 8192)  # that critics are fitted to
-    frozen_samples: int = 2048  # for the variance against nu
-    nus: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    fit_steps: int = 300  # Adam steps of a critic
-    critic_lr: float = 0.02  # of those steps
-    seed: int = 1
-    threads: int = 2
-    out_dir: str = "benchmark/results/matrix"
+    seeds: int = 100  # gradient estimates per game
+    nus: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # weights; 0 is needed
+    critic_steps: int = 300  # of Adam, for a critic
+    seed: int = 1  # of all that is random
+    threads: int = 1  # CPU threads of torch
+    out_dir: str = "benchmark/results/matrix"  # where the tables go
 
 
 class JointCritic:
     """An unfactorised q_tot(a_1, ..., a_n) per run: an MLP with two layers of 64 units."""
 
-    def __init__(self, runs, n, m, rng):
-        sizes = [(n * m, 64), (64, 64), (64, 1)]
-        draw = lambda rows, columns: torch.randn(runs, rows, columns, generator=rng)
-        self.weights = [draw(*size) / math.sqrt(size[0]) for size in sizes]
-        self.biases = [torch.zeros(runs, 1, columns) for _, columns in sizes]
-        self.parameters = self.weights + self.biases
+    def __init__(self, runs, n, m, args, rng):
+        self.parameters = []
+        for inputs, outputs in [(n * m, 64), (64, 64), (64, 1)]:
+            weight = torch.randn(runs, inputs, outputs, generator=rng) / inputs**0.5
+            self.parameters += [weight, torch.zeros(runs, 1, outputs)]
 
     def __call__(self, actions):
-        """q_tot [R, B] of actions [R, B, n, m]."""
-        x = actions.flatten(2)
-        for weight, bias in zip(self.weights[:2], self.biases[:2]):
-            x = torch.relu(x @ weight + bias)
-        return (x @ self.weights[2] + self.biases[2]).squeeze(-1)
+        """q_tot [R, B] of actions [R or 1, B, n, m]."""
+        w_1, b_1, w_2, b_2, w_3, b_3 = self.parameters
+        x = torch.relu(actions.flatten(2) @ w_1 + b_1)
+        return (torch.relu(x @ w_2 + b_2) @ w_3 + b_3).squeeze(-1)
 
 
-def make_critic(kind, runs, n, m, rng):
-    if kind == "joint":
-        return JointCritic(runs, n, m, rng)
-    return maipg.Critic(runs, n, m, maipg.Args(mixer=kind, device="cpu"), rng)
-
-
-def sample(payoffs, log_pi, count, rng):
-    """(actions [R, count, n, m], rewards [R, count]) of the policies."""
-    draws = log_pi.unsqueeze(1).expand(-1, count, -1, -1)
-    actions = F.one_hot(maipg.gumbel_max(draws, rng).argmax(-1), log_pi.shape[-1]).float()
-    return actions, maipg.rewards_of(payoffs, actions)
-
-
-def fitted(kind, payoffs, log_pi, count, study, rng):
-    """A critic per run, fitted to `count` samples of its policy."""
-    critic = make_critic(kind, *log_pi.shape, rng)
-    actions, rewards = sample(payoffs, log_pi, count, rng)
-    fit(critic, actions, rewards, study)
+def fitted(kind, shape, samples, args, rng):
+    """A critic per run, fitted to what rollout() gives; shape: runs, n, m."""
+    actions, _, rewards = samples
+    make = JointCritic if kind == "joint" else maipg.Critic
+    critic = make(*shape, replace(args, mixer=kind), rng)
+    optimizer = torch.optim.Adam(critic.parameters, args.critic_lr)
+    maipg.fit(critic, optimizer, actions, rewards, 1 / actions.shape[1], args.critic_steps)
     return critic
-
-
-def fit(critic, actions, rewards, study):
-    optimizer = torch.optim.Adam(critic.parameters, study.critic_lr)
-    weights = torch.full_like(rewards, 1 / rewards.shape[1])
-    maipg.fit(critic, optimizer, actions, rewards, weights, study.fit_steps)
-
-
-def repeat(critic, times):
-    """The same critics, each for `times` consecutive runs."""
-    for name, value in vars(critic).items():
-        if isinstance(value, torch.Tensor):
-            setattr(critic, name, value.repeat_interleave(times, 0))
-        elif name in ("weights", "biases"):
-            setattr(critic, name, [x.repeat_interleave(times, 0) for x in value])
-    return critic
-
-
-def relative_trace(critic, payoffs, logits, actions, rewards, study, rng):
-    """Trace of the gradient's covariance over the replicates, relative to nu = 0, [G, nus]."""
-    logits = logits.clone().requires_grad_()
-    log_pi = logits.log_softmax(-1)
-    args = maipg.Args(batch_size=study.batch_size, device="cpu")
-    old = (log_pi.detach().unsqueeze(1) * actions).sum(-1)
-    advantages = rewards - maipg.expected_reward(payoffs, log_pi.exp()).detach().unsqueeze(-1)
-    terms = maipg.sampled_term(log_pi, actions, old, advantages, args)
-    first = torch.autograd.grad(terms.sum(), logits, retain_graph=True)[0]
-    terms = maipg.deterministic_term(critic, log_pi, args, rng)
-    second = torch.autograd.grad(terms.sum(), logits)[0]
-    traces = []
-    for nu in study.nus:
-        gradient = maipg.interpolate(first, second, nu)
-        traces.append(gradient.view(study.num_games, study.replicates, -1).var(1).sum(-1))
-    return torch.stack(traces, 1) / traces[0].unsqueeze(1)
 
 
 def r_var(critic, payoffs, log_pi):
     """Var(A - Qc) / Var(A) [G] under the policies, by enumeration."""
-    n, m = log_pi.shape[1:]
-    joint = maipg.all_joint_actions(n, m, "cpu")[None].expand(len(log_pi), -1, -1, -1)
-    p = torch.einsum("zbnm,znm->zb", joint, log_pi).exp()
+    joint = maipg.all_joint_actions(*log_pi.shape[1:], "cpu")
+    p = torch.einsum("bnm,znm->zb", joint, log_pi).exp()
     variance = lambda x: (p * (x - (p * x).sum(1, keepdim=True)) ** 2).sum(1)
     rewards = payoffs.flatten(1)
-    return variance(rewards - critic(joint)) / variance(rewards)
+    return variance(rewards - critic(joint[None])) / variance(rewards)
 
 
-def row(values, **key):
-    error = values.std().item() / math.sqrt(len(values))
-    return key | {"mean": values.mean().item(), "stderr": error, "games": len(values)}
+def relative_traces(payoffs, logits, frozen, args, rng):
+    """Rows (mixer, critic, nu, trace of the gradient's covariance / that of nu = 0) per game."""
+    old, grads, nus = logits.detach().log_softmax(-1), {}, torch.tensor(args.nus)[:, None, None]
+    value = maipg.expected_reward(payoffs, old.exp()).unsqueeze(-1)
+    gradient = lambda loss: torch.autograd.grad(loss.sum(), logits)[0].flatten(1)
+    for _ in tqdm(range(args.seeds), disable=None):
+        actions, log_probs, rewards = batch = maipg.rollout(old, payoffs, rng, args)
+        terms = logits.log_softmax(-1), actions, log_probs, rewards - value, args
+        first = gradient(maipg.sampled_term(*terms))
+        for kind, critic in frozen.items():
+            fresh = fitted(kind, logits.shape, batch, args, rng)
+            for name, x in (("frozen", critic), ("same batch", fresh)):
+                second = gradient(maipg.deterministic_term(x, logits.log_softmax(-1), args, rng))
+                grads.setdefault((kind, name), []).append(maipg.interpolate(first, second, nus))
+    rows = []
+    for key, x in grads.items():
+        traces = torch.stack(x).var(0).sum(-1)
+        for nu, values in zip(args.nus, traces / traces[0]):
+            rows += [(*key, nu, value) for value in values.tolist()]
+    return rows
 
 
-def draw(variance, r_vars, path):
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3))
-    panels = [("frozen", "critic frozen"), ("same batch", "critic fitted to the same batch")]
-    for axis, (critic, title) in zip(axes, panels):
-        for kind, (colour, marker, line) in STYLES.items():
-            part = [r for r in variance if (r["mixer"], r["critic"]) == (kind, critic)]
-            values = [[r[key] for r in part] for key in ("nu", "mean", "stderr")]
-            style = {"color": colour, "marker": marker, "ls": line, "ms": 4, "capsize": 2}
-            axis.errorbar(*values, label=kind, **style)
-        nus = torch.linspace(0, 1, 50)
-        axis.plot(nus, (1 - nus) ** 2, color="grey", lw=1, label="(1 - nu)^2")
-        axis.set(title=title, xlabel="nu", ylim=(0, None))
-    axes[0].set_ylabel("variance of the gradient / that at nu = 0")
-    for kind, (colour, marker, line) in STYLES.items():
-        part = [r for r in r_vars if r["mixer"] == kind]
-        values = [[r[key] for r in part] for key in ("samples", "mean", "stderr")]
-        style = {"color": colour, "marker": marker, "ls": line, "ms": 4, "capsize": 2}
-        axes[2].errorbar(*values, label=kind, **style)
-    axes[2].axhline(1, color="grey", lw=1)
-    axes[2].set(title="control variate", xlabel="samples fitted to", ylabel="R_Var", xscale="log")
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+def write(path, rows, *names):
+    """Mean and standard error over the games of rows (*names, value)."""
+    groups = pd.DataFrame(rows, columns=[*names, "value"]).groupby([*names], sort=False)["value"]
+    groups.agg(mean="mean", stderr="sem", games="size").to_csv(path)
 
 
-def main(study):
-    torch.set_num_threads(study.threads)
-    start, rng = time.perf_counter(), torch.Generator().manual_seed(study.seed)
-    n, m = map(int, study.setting.split("x"))
-    games, times = study.num_games, study.replicates
-    payoffs = torch.rand(games, *[m] * n, generator=rng)
-    logits = torch.randn(games, n, m, generator=rng)
-    log_pi = logits.log_softmax(-1)
-    many, many_logits = (x.repeat_interleave(times, 0) for x in (payoffs, logits))
-    actions, rewards = sample(many, many_logits.log_softmax(-1), study.batch_size, rng)
-    variance, r_vars = [], []
-    for kind in STYLES:
-        frozen = fitted(kind, payoffs, log_pi, study.frozen_samples, study, rng)
-        own = make_critic(kind, games * times, n, m, rng)
-        fit(own, actions, rewards, study)
-        for name, critic in (("frozen", repeat(frozen, times)), ("same batch", own)):
-            traces = relative_trace(critic, many, many_logits, actions, rewards, study, rng)
-            for nu, values in zip(study.nus, traces.unbind(1)):
-                variance.append(row(values, mixer=kind, critic=name, nu=nu))
-        for count in study.samples:
-            critic = fitted(kind, payoffs, log_pi, count, study, rng)
-            r_vars.append(row(r_var(critic, payoffs, log_pi), mixer=kind, samples=count))
-    folder = Path(study.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    maipg.write_csv(folder / "variance.csv", variance)
-    maipg.write_csv(folder / "r_var.csv", r_vars)
-    draw(variance, r_vars, folder / "variance.png")
-    print(f"{time.perf_counter() - start:.0f} s, see {folder}")
+def main(argv=None):
+    """Run a command line; the exit code: 2 bad input."""
+    own = tyro.cli(Args, args=argv, description=__doc__)
+    try:
+        args = maipg.resolve(maipg.Args(**asdict(own), **SETTINGS))
+    except maipg.UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(args.threads)
+    rng, frozen, r_vars = torch.Generator().manual_seed(args.seed), {}, []
+    payoffs = torch.rand(args.num_games, 5, 5, 5, generator=rng)
+    logits = torch.randn(args.num_games, 3, 5, generator=rng).requires_grad_()
+    log_pi = logits.detach().log_softmax(-1)
+    for kind in ("vdn", "qmix", "joint"):
+        for count in SAMPLES:
+            many = maipg.rollout(log_pi, payoffs, rng, replace(args, batch_size=count))
+            critic = fitted(kind, log_pi.shape, many, args, rng)
+            r_vars += [(kind, count, x) for x in r_var(critic, payoffs, log_pi).tolist()]
+            frozen |= {kind: critic} if count == 2048 else {}
+    rows = relative_traces(payoffs, logits, frozen, args, rng)
+    Path(own.out_dir).mkdir(parents=True, exist_ok=True)
+    write(f"{own.out_dir}/variance.csv", rows, "mixer", "critic", "nu")
+    write(f"{own.out_dir}/r_var.csv", r_vars, "mixer", "samples")
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Study, description=__doc__))
+    sys.exit(main())
