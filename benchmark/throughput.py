@@ -1,105 +1,103 @@
-"""Environment steps per second and peak memory of every script and backend.
+"""What an update costs: MAPPO (nu = 0) against MAIPG with either critic, in each script.
 
-    python benchmark/throughput.py --out runs/throughput.csv      # every script that can run here
-    python benchmark/throughput.py --only smac --device cuda
+    python benchmark/throughput.py                      # every script that can run here
+    python benchmark/throughput.py --scripts smac --num-envs 32 --device cuda
 
-Each row is a run of the real command, in a process of its own: the median over its updates, without
-the first two, in which JAX compiles and memory is allocated. Memory is the highest resident set of
-the largest process, and on a GPU torch's and JAX's together are not told apart: see nvidia-smi.
+The three take turns, so that they share whatever else the machine does; each has its own games.
+The first turn, in which memory is allocated, does not count. Medians over the others: seconds of a
+rollout, and of an update with its targets; environment steps per second; and the time, relative to
+nu = 0 in the same turn. Evaluation and log are left out.
 """
 
-import importlib.util
-import os
-import subprocess
+import contextlib
+import importlib
 import sys
-import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
+import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-SMAC, MPE, GRF = "maipg_smac.py", "maipg_mpe.py", "maipg_grf.py"
-NO_EVALUATION = ["--eval-every", "1000000000", "--eval-episodes", "1"]
-CASES = {  # name: (script, flags, environment steps of an update)
-    f"smac-{backend}-N{count}-nu{nu}": (
-        SMAC,
-        f"--backend {backend} --map-name 2s3z --num-envs {count} --nu {nu}".split(),
-        400 * count,
-    )
-    for backend in ("smax", "sc2")
-    for count in ((8, 32, 128) if backend == "smax" else (8,))
-    for nu in (0, 0.4)
-}
-CASES |= {f"mpe-spread-n5-nu{nu}": (MPE, ["--nu", str(nu)], 3200) for nu in (0, 0.2)}
-CASES |= {
-    f"grf-3_vs_1-N8-nu{nu}": (GRF, f"--nu {nu} --num-envs 8 --rollout-steps 100".split(), 800)
-    for nu in (0, 0.5)
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-def missing(name):
-    """Why a case cannot run on this machine, or None."""
-    if name.startswith("grf") and not importlib.util.find_spec("gfootball"):
-        return "gfootball is not installed"
-    if "sc2" in name:
-        import maipg_smac
-
-        return maipg_smac.what_sc2_lacks("2s3z") or None
-    return None
-
-
-def measure(script, flags, batch, args):
-    """{steps_per_second, peak_mib} of one run."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "ignore", str(ROOT / script), *flags, *NO_EVALUATION]
-        command += ["--total-timesteps", str(batch * args.updates), "--runs-dir", folder]
-        command += ["--device", args.device, "--threads", str(args.threads)]
-        log = Path(folder, "log.txt")
-        with open(log, "w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT)
-            _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            lines = log.read_text().strip().splitlines()
-            raise RuntimeError(lines[-1] if lines else f"exit status {status}")
-        table = pd.read_csv(next(Path(folder).glob("*/progress.csv"))).iloc[2:]
-    return {"steps_per_second": table["charts/SPS"].median(), "peak_mib": usage.ru_maxrss / 1024}
+GAMES = {"smax": "SMAXEnvs", "sc2": "SC2Envs", "mpe": "ParticleEnvs", "grf": "FootballEnvs"}
+SIZES = {"grf": {"num_envs": 8, "rollout_steps": 100}}  # instead of the script's own
+METHODS = {"nu = 0": {"nu": 0.0}, "compatible": {"critic": "compatible"}, "paper": {}}
 
 
 @dataclass
 class Args:
-    only: str = ""  # cases whose name contains this
+    scripts: tuple[Literal["smac", "mpe", "grf"], ...] = ("smac", "mpe", "grf")  # maipg_*.py
+    num_envs: int | None = None  # None: the script's own (football: 8)
+    updates: int = 5  # that count
     device: Literal["cpu", "cuda"] = "cpu"  # of torch; SMAX follows where JAX has a GPU
-    threads: int = 2  # CPU threads of torch
-    updates: int = 8  # per case; the first two do not count
-    out: Path = Path("runs/throughput.csv")  # the table as CSV
+    threads: int = 1  # CPU threads of torch
+    out: Path = Path("runs/throughput.csv")  # the table
+
+
+def trainer(script, args, envs):
+    """turn(): one update, as a script trains; seconds of (rollout, targets and update)."""
+    torch.manual_seed(1)
+    now, buffer, rngs = script.begin(envs, 1, args), {}, {}
+    agent = script.Agent(now, args).to(args.device)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
+    for name in ["explore", "gumbel", "shuffle"]:
+        rngs[name] = torch.Generator(args.device).manual_seed(1)
+
+    def turn():
+        times = [time.perf_counter()]
+        script.rollout(agent.policy, envs, buffer, now, args.rollout_steps, rngs["explore"])
+        buffer["done"].sum().item()  # waits for the GPU
+        times.append(time.perf_counter())
+        batch, metrics = script.estimate(agent, buffer, now, args)
+        script.update(agent, optimizer, batch, metrics["diagnostics/sigma_a"], rngs, args)
+        next(agent.parameters()).sum().item()
+        return times[1] - times[0], time.perf_counter() - times[1]
+
+    return turn
+
+
+def measure(script, name, args):
+    """A script's rows of the table. Raises its UsageError."""
+    size = SIZES.get(name, {}) | ({} if args.num_envs is None else {"num_envs": args.num_envs})
+    turns, rows = {}, []
+    with contextlib.ExitStack() as stack:
+        for method, own in METHODS.items():
+            case = script.resolve(script.Args(**own, **size, device=args.device))
+            games = getattr(script, GAMES[getattr(case, "backend", name)])(case)
+            turns[method] = trainer(script, case, stack.enter_context(contextlib.closing(games)))
+        for number in range(args.updates + 1):
+            for method, turn in turns.items():
+                rows.append((number, name, method, *turn()))
+    table = pd.DataFrame(rows, columns=["turn", "script", "method", "rollout_s", "update_s"])
+    seconds = table["rollout_s"] + table["update_s"]
+    table["steps_per_s"] = case.num_envs * case.rollout_steps / seconds
+    table["ratio"] = seconds / seconds.groupby(table["turn"]).transform("first")
+    table = table[table["turn"] > 0].drop(columns="turn")
+    return table.groupby(["script", "method"], sort=False, as_index=False).median()
 
 
 def main(argv=None):
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    cases = {name: case for name, case in CASES.items() if args.only in name}
-    if not cases or args.updates < 3:
-        print(f"error: --only is part of {' '.join(CASES)}; --updates from 3", file=sys.stderr)
+    args, tables = tyro.cli(Args, args=argv, description=__doc__), []
+    if not args.scripts or min(args.updates, args.threads) < 1:
+        print("error: --scripts: one or more; --updates, --threads: from 1", file=sys.stderr)
         return 2
-    rows, code = [], 0
-    for name, case in cases.items():
-        if why := missing(name):
-            print(f"{name}: left out, {why}", flush=True)
-            continue
+    torch.set_num_threads(args.threads)
+    for name in dict.fromkeys(args.scripts):
+        script = importlib.import_module(f"maipg_{name}")
         try:
-            row = measure(*case, args)
-        except RuntimeError as error:
-            print(f"{name}: FAILED: {error}", flush=True)
-            code = 1
-            continue
-        rows.append({"case": name, "device": args.device} | row)
-        print(name, *(f"{key} {value:.4g}" for key, value in row.items()), sep="  ", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.4g")
-    print(args.out)
-    return code
+            tables.append(measure(script, name, args))
+            print(tables[-1].round(3).to_string(index=False), flush=True)
+        except (script.UsageError, ImportError) as error:
+            print(f"error: {name} is left out: {error}", file=sys.stderr)
+    if tables:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        pd.concat(tables).to_csv(args.out, index=False, float_format="%.4g")
+        print(args.out)
+    return 0 if tables else 2
 
 
 if __name__ == "__main__":

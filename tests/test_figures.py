@@ -1,8 +1,5 @@
-"""benchmark/plot.py's statistics, and every figure of the paper at --scale smoke."""
+"""benchmark/figures.py: every figure of the paper at --scale smoke; benchmark/throughput.py."""
 
-import itertools
-import json
-import math
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,164 +10,101 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmark import figures, plot, report, throughput
+from benchmark import figures, throughput
 
 ROOT = Path(__file__).resolve().parent.parent
+SCALES = ["smoke", "cpu", "paper"]
 
 
-def run_folder(place, seed, scores, nu=0.0, left=0, **settings):
-    """A run as a script leaves it: an evaluation every second row, 100 steps/s; `left` steps short
-    of its end."""
-    folder = place / f"job{nu}{seed}" / f"smax-3m__maipg_smac__nu{nu:g}__qmix__s{seed}__x"
-    folder.mkdir(parents=True)
-    args = {"map_name": "3m", "backend": "smax", "nu": nu, "mixer": "qmix", "seed": seed}
-    args |= {"total_timesteps": 2000 * len(scores) + left} | settings
-    (folder / "args.json").write_text(json.dumps(args))
-    lines = ["global_step,eval/win_rate,variance/corr,charts/SPS"]
-    for k, score in enumerate(scores):
-        lines += [f"{2000 * k + 1000},nan,0.5,100", f"{2000 * k + 2000},{score},nan,50"]
-    (folder / "progress.csv").write_text("\n".join(lines) + "\n")
-    about = {"command": "python x", "commit": "abc", "machine": "m", "torch": "t"}
-    (folder.parent / "job.json").write_text(json.dumps(about))
-    return folder
+def runs_of(figure, scale, tmp_path):
+    args = figures.Args(figure=figure, scale=scale, runs=tmp_path)
+    return figures.make_runs(args)[0]
 
 
-def test_a_run_is_read(tmp_path):
-    scores = [k / 20 for k in range(14)]
-    run_folder(tmp_path, 1, scores)
-    runs, curves = plot.read([tmp_path])
-    (row,) = runs.to_dict("records")
-    assert (row["method"], row["scenario"], row["commit"]) == ("MAPPO", "SMAX 3m", "abc")
-    assert row["steps"] == 28_000 and row["final"] == pytest.approx(sum(scores[-10:]) / 10)
-    assert row["area"] == pytest.approx(sum(scores) / 14)  # a straight line
-    assert row["hours"] * 3600 == pytest.approx(14 * (1000 / 100 + 1000 / 50))
-    rate = curves[curves["metric"] == "win rate"]
-    assert rate["value"].tolist() == scores and rate["global_step"].tolist()[:2] == [2000, 4000]
-    assert (curves["metric"] == "corr(A, Qc)").sum() == 14
-
-
-def test_r_var_follows_from_what_is_logged(tmp_path):
-    rng = np.random.default_rng(0)
-    a, q = rng.normal(size=(2, 500))
-    q = 0.3 * q + 0.1 * a
-    cov = np.cov(a, q)
-    folder = run_folder(tmp_path, 1, [0.5])
-    table = pd.read_csv(folder / "progress.csv")
-    table["variance/corr"] = cov[0, 1] / np.sqrt(cov[0, 0] * cov[1, 1])
-    table["variance/slope"] = cov[0, 1] / cov[1, 1]
-    table.to_csv(folder / "progress.csv", index=False)
-    _, curves = plot.read([tmp_path])
-    values = curves[curves["metric"] == "R_Var, Q centred by the policy"]["value"]
-    assert values.to_numpy() == pytest.approx([(a - q).var() / a.var()] * 2)
-
-
-def test_unfinished_runs_are_left_out(tmp_path):
-    run_folder(tmp_path, 1, [0.1, 0.2])
-    run_folder(tmp_path, 2, [0.1, 0.2], left=1)
-    (tmp_path / "job" / "new").mkdir(parents=True)
-    (tmp_path / "job" / "new" / "progress.csv").write_text("global_step,charts/SPS\n")
-    runs, curves = plot.read([tmp_path])
-    assert runs["seed"].tolist() == [1] and set(curves["seed"]) == {1}
-
-
-NAMES = [  # args, name in figures and tables
-    ({"nu": 0.0, "mixer": "qmix", "critic": "paper", "mu": "gumbel"}, "MAPPO"),
-    ({"nu": 0.4, "mixer": "qmix", "critic": "paper", "mu": "expectation"}, "MAIPG 0.4 qmix"),
-    ({"nu": 0.4, "mixer": "vdn", "critic": "paper", "mu": "gumbel"}, "MAIPG 0.4 vdn gumbel"),
-    ({"nu": 0.5, "mixer": "qmix", "critic": "compatible", "mu": "expectation"}, "compatible"),
-    ({"nu": 0.5, "mixer": "qmix", "critic": "compatible", "mu": "gumbel"}, "compatible gumbel"),
-    ({"nu": 0.2, "mixer": "joint"}, "MAIPG 0.2 joint"),  # the particle worlds'
-]
-
-
-@pytest.mark.parametrize("args, name", NAMES)
-def test_names_of_methods(args, name):
-    name = f"MAIPG 0.5 {name}" if name.startswith("compatible") else name
-    assert plot.method_of(args, "maipg_smac") == name
-    assert plot.method_of(args, "happo") == "HAPPO"
-
-
-def test_iqm_is_the_mean_of_the_middle_half():
-    assert plot.iqm([100.0, 1.0, 2.0, -50.0]) == 1.5
-    assert plot.iqm([0.0, 1.0, 2.0]) == 1.0  # three seeds: their mean
-    x = np.random.default_rng(0).normal(size=16)
-    assert plot.iqm(x) == pytest.approx(np.sort(x)[4:12].mean())
-
-
-def test_the_bootstrap_resamples_each_task_by_itself():
-    """Against the exact distribution: all 3^3 x 2^2 resamples of two tasks."""
-    one, two = np.array([0.0, 0.3, 0.6]), np.array([10.0, 20.0])
-    low, high = plot.bootstrap(lambda x, y: np.mean([*x, *y]), one, two, resamples=20_000)
-    exact = [
-        np.mean([*x, *y])
-        for x in itertools.product(one, repeat=3)
-        for y in itertools.product(two, repeat=2)
-    ]
-    assert low == pytest.approx(np.quantile(exact, 0.025), abs=0.05)
-    assert high == pytest.approx(np.quantile(exact, 0.975), abs=0.05)
-    assert all(math.isnan(x) for x in plot.bootstrap(np.mean, one[:1]))
-
-
-def test_improvement_and_difference():
-    value, low, high = plot.improvement([1.0, 2.0], [0.0, 1.0])
-    assert value == 3.5 / 4 and low <= value <= high  # three wins and a tie
-    assert plot.improvement([3.0], [4.0])[0] == 0.0
-    value, low, high = plot.difference(np.array([1.0, 2.0]), np.array([0.0, 0.5]))
-    assert value == 1.25 and (low, high) == (0.5, 2.0)
-
-
-def test_curves_of_different_steps_are_interpolated():
-    table = {"seed": [1, 1, 2, 2, 2], "global_step": [0, 10, 0, 5, 20], "value": [0, 1, 2, 4, 4]}
-    steps, values = plot.on_one_grid(pd.DataFrame(table), "global_step")
-    assert steps.tolist() == [0, 5, 10]
-    assert values.tolist() == [[0, 0.5, 1], [2, 4, 4]]
-
-
-def test_tables_pictures_and_report(tmp_path):
-    for seed in (1, 2):
-        run_folder(tmp_path / "runs", seed, [0.1 * seed] * 12)
-        run_folder(tmp_path / "runs", seed, [0.2 + 0.1 * seed] * 12, nu=0.4)
-    out = tmp_path / "results" / "grid"
-    assert plot.main([str(tmp_path / "runs"), "--out", str(out)]) == 0
-    table = pd.read_csv(out / "comparison.csv").set_index("method")
-    assert table.loc["MAIPG 0.4 qmix", "gain"] == pytest.approx(0.2)
-    assert table.loc["MAIPG 0.4 qmix", "p_better"] == 1.0
-    again = tmp_path / "again"  # the CSV says what the runs say
-    words = [str(out / "curves.csv"), "--style", "iqm", "--x", "hours", "--out", str(again)]
-    assert plot.main(words) == 0
-    assert (again / "comparison.csv").read_text() == (out / "comparison.csv").read_text()
-    assert Image.open(again / "figure.png").size[0] > 500
-    words = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "R.md")]
-    assert report.main(words) == 0
-    text = (tmp_path / "R.md").read_text()
-    assert "| MAIPG 0.4 qmix | 2 | 24,000 |" in text and "0.200 [0.100, 0.300]" in text
-
-
-def test_plot_refuses_what_is_not_there(tmp_path, capsys):
-    assert plot.main([str(tmp_path), "--out", str(tmp_path / "x")]) == 2
-    assert "no finished run" in capsys.readouterr().err and not (tmp_path / "x").exists()
-
-
-def test_the_papers_grid_says_what_it_costs_and_waits(tmp_path, capsys):
-    words = ["fig3", "--scale", "paper", "--runs", str(tmp_path)]
-    assert figures.main(words) == 0
-    text = capsys.readouterr().out
-    # ten maps: MAPPO and MAIPG with ten seeds, HAPPO and QMIX with five
-    assert "300 runs x" in text and " h on 2 cores" in text and "--yes" in text
+@pytest.mark.parametrize("figure", figures.FIGURES)
+def test_every_command_is_one_of_its_script(figure, tmp_path):
+    """make_runs parses each by the script's own Args."""
+    for scale in SCALES:
+        runs = runs_of(figure, scale, tmp_path)
+        assert len({run.folder for run in runs}) == len(runs) >= 2
+        assert all(run.folder.parent == tmp_path / scale for run in runs)
     assert not list(tmp_path.iterdir())
 
 
-def test_throughput(tmp_path, capsys):
-    out = tmp_path / "new" / "t.csv"
-    words = ["--only", "smax-N8-nu0.4", "--updates", "3", "--threads", "1", "--out", str(out)]
-    assert throughput.main(words) == 0
-    (row,) = pd.read_csv(out).to_dict("records")
-    assert row["case"] == "smac-smax-N8-nu0.4" and row["steps_per_second"] > 50
-    assert 100 < row["peak_mib"] < 10_000
-    assert throughput.main(["--only", "nothing", "--out", str(tmp_path / "x.csv")]) == 2
-    assert "error: " in capsys.readouterr().err and not (tmp_path / "x.csv").exists()
-    if not find_spec("smac"):
-        assert "oxwhirl" in throughput.missing("smac-sc2-N8-nu0")
+def test_figures_share_runs(tmp_path):
+    for scale in SCALES:
+        folders = {
+            name: {run.folder for run in runs_of(name, scale, tmp_path)}
+            for name in ["fig2", "fig3", "fig6", "fig7", "fig8"]
+        }
+        assert folders["fig3"] < folders["fig7"] and folders["fig8"] < folders["fig7"]
+        assert folders["fig2"] & folders["fig6"]
+
+
+def test_the_papers_grid(tmp_path):
+    """Ten maps, ten seeds, five of the baselines; MAIPG's nu is the trainer's own, of Table 3."""
+    runs = [" ".join(run.words) for run in runs_of("fig3", "paper", tmp_path)]
+    assert sum("--nu 0 " in words for words in runs) == 100
+    assert sum("--mixer qmix" in words for words in runs) == 100
+    assert not any("--nu" in words for words in runs if "--mixer" in words)
+    assert len(runs) == 300 and len({words.split()[1] for words in runs}) == 10
+    runs = [" ".join(run.words) for run in runs_of("fig5", "paper", tmp_path)]
+    settings = {(words.split()[3], "vdn" in words) for words in runs}
+    # nu = 0 has no mixer
+    assert settings == {("0", False)} | {(nu, m) for nu in ("0.3", "0.5") for m in (True, False)}
+    assert len(runs) == 2 * 5 * 10
+
+
+def test_the_papers_grid_says_what_it_costs_and_waits(tmp_path, capsys):
+    assert figures.main(["fig3", "--scale", "paper", "--runs", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "300 runs" in text and "3,000,000,000 environment steps" in text and "--yes" in text
+    assert not list(tmp_path.iterdir())
+
+
+BAD = [  # command line, what the error names
+    ("fig3 --jobs 0", "--jobs 0"),
+    ("fig3 --jobs -1", "--jobs -1"),
+    ("fig6 --cores 0", "--cores 0"),
+    ("fig6 --hours -1", "--hours -1"),
+    ("fig6 --memory-gb -1", "--memory-gb -1"),
+    ("fig6 --gpus -1", "--gpus -1"),
+    ("fig6 --runs {}/file", "file"),
+    ("fig6 --runs {}/file/runs", "file"),
+    ("fig1 --out {}/file", "file"),
+]
+
+
+@pytest.mark.parametrize("line, told", BAD)
+def test_bad_input(line, told, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    words = line.format(tmp_path).split()
+    assert figures.main(words if "--runs" in words else [*words, "--runs", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and told in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "words", [["fig9"], [], ["fig3", "--scale", "big"], ["fig3", "--seeds", "1"]]
+)
+def test_refused_by_the_parser(words):
+    with pytest.raises(SystemExit) as ended:
+        figures.main(words)
+    assert ended.value.code == 2
+
+
+def test_football_needs_its_engine(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    assert figures.main(["fig4", "--runs", str(tmp_path)]) == 2
+    assert "install_grf.sh" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_nothing_is_drawn_where_no_run_is_finished(tmp_path, monkeypatch):
+    for code in (1, 130):
+        monkeypatch.setattr(figures.launch, "launch", lambda runs, grid, code=code: code)
+        assert figures.main(["fig6", "--runs", str(tmp_path)]) == code
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -178,27 +112,73 @@ def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("figures")
 
 
-ORDER = ["fig7", "fig3", "fig8", "fig5", "fig6", "fig2", "fig1", "table5", "fig4"]
+# fig3 is a part of fig7; fig6 is below.
+METHODS = {
+    "fig7": {"MAPPO", "MAIPG 0.4 qmix", "HAPPO", "QMIX", "FACMAC"},
+    "fig8": {"MAPPO", "MAIPG 0.4 qmix", "QMIX"},
+    "fig5": {"MAPPO", "MAIPG 0.4 qmix", "MAIPG 0.4 vdn"},
+    "fig2": {"MAIPG 0.2 qmix", "MAIPG 0.2 vdn", "MAIPG 0.2 joint"},
+    "fig4": {"MAPPO", "MAIPG 0.5 qmix"},
+}
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_smoke(name, shared):
-    """The command of a newcomer; figures share their runs."""
-    assert set(ORDER) == {*figures.FIGURES, *figures.MATRIX}
-    if name == "fig4" and not find_spec("gfootball"):
-        pytest.skip("gfootball is not installed")
-    words = [name, "--scale", "smoke", "--runs", str(shared)]
-    command = [sys.executable, "benchmark/figures.py", *words]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    out = shared / "smoke" / name
-    if name == "table5":
-        assert len(list(out.glob("*.csv"))) == 2
-        return
+def assert_drawn(out, methods):
     (picture,) = out.glob("*.png")
     assert np.asarray(Image.open(picture).convert("L")).std() > 5
-    if name != "fig1":
-        methods = set(pd.read_csv(out / "runs.csv")["method"])
-        expected = {"fig7": {"MAPPO", "MAIPG 0.4 qmix", "HAPPO", "QMIX", "FACMAC"}}
-        expected |= {"fig5": {"MAPPO", "MAIPG 0.4 qmix", "MAIPG 0.4 vdn"}}
-        assert methods == expected.get(name, methods) and len(methods) >= 2
+    assert set(pd.read_csv(out / "runs.csv")["method"]) == methods
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_smoke(name, shared, capfd):
+    """Figures share their runs."""
+    if name == "fig4" and not find_spec("gfootball"):
+        pytest.skip("gfootball is not installed")
+    assert figures.main([name, "--runs", str(shared)]) == 0, capfd.readouterr()
+    assert capfd.readouterr().out.endswith(f"{shared / 'smoke' / name / name}.png\n")
+    assert_drawn(shared / "smoke" / name, METHODS[name])
+
+
+def test_the_newcomers_command_from_another_folder(shared):
+    """Relative folders are those of the caller."""
+    command = [
+        sys.executable,
+        str(ROOT / "benchmark/figures.py"),
+        "fig6",
+        "--runs",
+        ".",
+        "--out",
+        "x",
+    ]
+    how = {"capture_output": True, "text": True, "timeout": 280}
+    answer = subprocess.run(command, cwd=shared, **how)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert_drawn(shared / "x", {"MAPPO", "MAIPG 0.2 qmix"})
+
+
+@pytest.mark.parametrize("name, files", [("fig1", "*.png"), ("table5", "*.csv")])
+def test_matrix_games(name, files, tmp_path):
+    tested = {*figures.MATRIX, *METHODS, "fig3", "fig6"}
+    assert tested == {f"fig{k}" for k in range(1, 9)} | {"table5"}
+    assert figures.main([name, "--runs", str(tmp_path)]) == 0
+    assert len(list((tmp_path / "smoke" / name).glob(files))) == {"fig1": 1, "table5": 2}[name]
+
+
+def test_throughput(tmp_path, capsys):
+    out = tmp_path / "new" / "t.csv"
+    words = ["--scripts", "mpe", "--num-envs", "4", "--updates", "2", "--out", str(out)]
+    assert throughput.main(words) == 0
+    table = pd.read_csv(out).set_index("method")
+    assert list(table.index) == ["nu = 0", "compatible", "paper"] and set(table["script"]) == {
+        "mpe"
+    }
+    assert table.loc["nu = 0", "ratio"] == 1 and table.loc["paper", "ratio"] > 1
+    seconds = table["rollout_s"] + table["update_s"]
+    assert (table["steps_per_s"] * seconds / (4 * 25) - 1).abs().max() < 0.5  # medians each
+    assert table[["rollout_s", "update_s"]].min().min() > 0
+
+
+@pytest.mark.parametrize("words", ["--scripts", "--updates 0", "--threads 0", "--num-envs 0"])
+def test_throughput_refuses(words, tmp_path, capsys):
+    words = ["--scripts", "mpe", *words.split(), "--out", str(tmp_path / "x.csv")]
+    assert throughput.main(words) == 2
+    assert capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())
