@@ -446,7 +446,8 @@ def test_slurm_preemption_saves_and_queues_again(slurm, tmp_path):
     job = (run_folders(out)[0] / "slurm_id").read_text()
     query("scancel", "--signal=USR2", job)
     wait_for(lambda: "PENDING" in query("squeue", "-h", "-j", job, "-o", "%T"))
-    query("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes
+    # Slurm waits two minutes; in the second of its end the node would refuse the job.
+    query("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
     assert launcher.wait(timeout=200) == 0
     assert_whole(out, 1, steps=40)
     assert (run_folders(out)[0] / "log.txt").read_text().count("begins at") == 2
