@@ -126,7 +126,7 @@ def resolve(args):
         raise UsageError("gfootball is not installed: run benchmark/install_grf.sh")
     args.num_workers = min(args.num_workers or os.cpu_count(), args.num_envs)
     for name, value in asdict(args).items():
-        low = 1e-9 if name == "ridge" else int(type(value) is int and name != "seed")
+        low = 1e-9 if name == "ridge" else int(type(value) is int and name not in ["nu", "seed"])
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")

@@ -125,7 +125,7 @@ def resolve(args):
     args.nu = nu if args.nu is None else args.nu
     args.update_epochs = epochs if args.update_epochs is None else args.update_epochs
     for name, value in asdict(args).items():
-        low = 1e-9 if name == "ridge" else int(type(value) is int and name != "seed")
+        low = 1e-9 if name == "ridge" else int(type(value) is int and name not in ["nu", "seed"])
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
