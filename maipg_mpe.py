@@ -424,13 +424,13 @@ def begin(envs, seed, args):
 
 @torch.no_grad()
 def rollout(policy, envs, buffer, now, steps, rng=None):
-    """Play T steps into the buffer, {name: [T + 1, N, ...]}; without rng, greedily.
+    """Play T steps into the buffer, {name: [T + 1, N, ...]}; without rng greedily, no row T.
 
     Of each state: obs [n, O], state [S], avail [n, A], keep (0: an episode begins), policy_hidden
     [n, H] before the step, mean and mode of pi [n, A]. Of each step (none in row T): actions
     [n, A], log_probs [n]; reward, done (the time limit), return (of the episode so far).
     """
-    for t in range(steps + 1):
+    for t in range(steps + 1 if rng else steps):
         out, hidden = policy(now["obs"][None], now["policy_hidden"], now["keep"][None])
         row = {key: now[key] for key in ("obs", "state", "avail", "keep", "policy_hidden")}
         pi = distribution(policy, out[0], now["avail"])
@@ -682,7 +682,7 @@ def evaluate(policy, envs, seed, args, stopped=()):
     now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
     played, buffer, returns = now["keep"], {}, []
     while (played < share).any() and not stopped:
-        rollout(policy, envs, buffer, now, 25)
+        rollout(policy, envs, buffer, now, 1)
         number = played + buffer["done"].cumsum(0)
         returns += buffer["return"][buffer["done"] & (number <= share)].tolist()
         played = number[-1]

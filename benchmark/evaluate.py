@@ -137,7 +137,7 @@ def play(module, policy, games, seed, args, bar):
     bar.reset()
     played, buffer, episodes = now["keep"], {}, {}
     while (played < share).any():
-        module.rollout(policy, games, buffer, now, steps=25)
+        module.rollout(policy, games, buffer, now, 1)
         number = played + buffer["done"].cumsum(0)
         counted = buffer["done"] & (number <= share)
         for name in {"return", "won"} & buffer.keys():

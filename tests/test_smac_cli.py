@@ -412,7 +412,7 @@ def test_a_signal_ends_an_evaluation(fresh, monkeypatch):
             steps.append(1)
             if len(steps) == 3:
                 os.kill(os.getpid(), signal.SIGINT)
-            assert len(steps) <= 25, "the evaluation goes on"
+            assert len(steps) < 5, "the evaluation goes on"
             return SMAX.step(envs, actions)
 
         envs.step = step
