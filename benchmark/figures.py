@@ -90,7 +90,8 @@ def make_runs(args):
     _, setting, script, methods, _ = FIGURES[args.figure]
     scenarios, nus, count, flags = SETTINGS[setting, args.scale]
     same = {field.name: getattr(args, field.name) for field in fields(launch.Options)}
-    same |= {"scenarios": tuple(scenarios.split()), "out": args.runs / args.scale}
+    same |= {"scenarios": tuple(scenarios.split()), "flags": tuple(flags.split())}
+    same["out"] = args.runs / args.scale
     runs, seeds = [], tuple(range(1, count + 1))
     for method in methods.split():
         own = {"script": f"maipg_{script}.py", "seeds": seeds, "nus": nus, "mixers": (method,)}
@@ -100,7 +101,7 @@ def make_runs(args):
             baseline = f"benchmark/baselines/{method.lower()}.py"
             own = {"script": baseline, "seeds": seeds[:5]}
         grid = launch.Grid(**same, **own)
-        runs += launch.make_runs(grid, flags.split())
+        runs += launch.make_runs(grid)
     return runs, grid
 
 
@@ -112,7 +113,7 @@ def main(argv=None):
     about, _, script, _, drawing = FIGURES[args.figure]
     try:
         if script == "grf" and not importlib.util.find_spec("gfootball"):
-            raise launch.UsageError("gfootball is not installed: run benchmark/install_grf.sh")
+            raise ValueError("gfootball is not installed: run benchmark/install_grf.sh")
         runs, grid = make_runs(args)
         print(f"{args.figure}: {about}; {len(runs)} runs", flush=True)
         if args.scale == "paper" and not (args.yes or args.dry_run):
@@ -120,12 +121,12 @@ def main(argv=None):
             print(f"the paper's grid: {steps:,} environment steps; --yes starts it")
             return 0
         code = launch.launch(runs, grid)
-        finished = [run.folder for run in runs if run.result()]
+        finished = [run.folder for run in runs if run.finished()]
         if finished and not args.dry_run and code < 128:
             table = plot.read(finished)
             print(plot.write(*table, out, args.figure, style=args.style, **drawing))
         return code
-    except (launch.UsageError, OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
         return 2
 

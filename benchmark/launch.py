@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import logging
 import os
 import re
 import shlex
@@ -59,32 +58,29 @@ class Grid(Options):
     mixers: tuple[str, ...] | None = None  # None: the script's own
     seeds: tuple[int, ...] = (1, 2, 3)
     out: Path = Path("runs/grid")  # where the runs' folders are made
+    flags: tyro.conf.Positional[tuple[str, ...]] = ()  # after --: the script's own
 
 
 LIMITS = {"nus": (0, 1), "seeds": (0, 10**9), "gpus": (0, 1000), "hours": (0.1, 10_000)}
 OURS = ["", "map-name", "scenario", "nu", "mixer", "seed", "threads", "runs-dir", "resume"]
 
 
-class UsageError(Exception):
-    """The user can mend it: exit code 2, nothing written."""
-
-
-def check(grid, extra):
-    """Raise UsageError if a value can't be."""
+def check(grid):
+    """Raise ValueError if a value can't be."""
     for name, value in vars(grid).items():
         flag, (low, high) = "--" + name.replace("_", "-"), LIMITS.get(name, (1, 10_000))
         values = value if isinstance(value, tuple) else [value]
-        if not values or len(set(values)) < len(values):
-            raise UsageError(f"{flag} {' '.join(map(str, values))}: nothing, or something twice")
+        if name != "flags" and (not values or len(set(values)) < len(values)):
+            raise ValueError(f"{flag} {' '.join(map(str, values))}: nothing, or something twice")
         for x in values:
             if type(x) in (int, float) and not low <= x <= high:
-                raise UsageError(f"{flag} {x}: must lie in [{low}, {high}]")
+                raise ValueError(f"{flag} {x}: must lie in [{low}, {high}]")
     for name in [*grid.scenarios, *(grid.mixers or [])]:
         if not re.fullmatch(r"[\w-]{1,80}", name):
-            raise UsageError(f"{name!r}: letters, digits, - and _ only")
-    for word in extra:
+            raise ValueError(f"{name!r}: letters, digits, - and _ only")
+    for word in grid.flags:
         if word.startswith("--") and word[2:].split("=")[0].replace("_", "-") in OURS:
-            raise UsageError(f"{word} after --: the launcher sets it")
+            raise ValueError(f"{word} after --: the launcher sets it")
 
 
 # ------ one run
@@ -99,10 +95,9 @@ class Run:
     gpu: str | None = None  # CUDA_VISIBLE_DEVICES; None: as it is
     process = None  # the trainer
 
-    def result(self):
-        """The finished run folder, or None."""
-        tables = sorted(self.folder.glob("*/progress.csv"))
-        return next((path.parent for path in tables if done(path) >= 1), None)
+    def finished(self):
+        """Whether it has done all its steps."""
+        return any(done(path) >= 1 for path in self.folder.glob("*/progress.csv"))
 
     def command(self):
         """What is executed: from the newest checkpoint, or, where there is none, anew."""
@@ -126,7 +121,7 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for _ in range(2):
                 lock.truncate(0)
-                if self.result():
+                if self.finished():
                     return
                 self.start(log, lock)
                 # Negative: a signal. SIGTERM is ours.
@@ -176,19 +171,19 @@ def provenance():
 
 # ------ the grid
 def trainer(script):
-    """(path from ROOT, default Args) of a trainer. Raises UsageError."""
+    """(path from ROOT, default Args) of a trainer. Raises ValueError."""
     try:
         path = (ROOT / script).resolve(strict=True).relative_to(ROOT)
         module = import_module(".".join(path.with_suffix("").parts))
         return str(path), module.Args(resume="", runs_dir="runs")
     except Exception as error:
-        raise UsageError(f"--script {script}: no trainer of this project: {error}") from None
+        raise ValueError(f"--script {script}: no trainer of this project: {error}") from None
 
 
-def make_runs(grid, extra=()):
-    """The grid as Runs, with extra words for each. nu = 0 has no mixer, and is run once. Raises
-    UsageError; words that the script refuses end the program with its own message (code 2)."""
-    check(grid, extra)
+def make_runs(grid):
+    """The grid as Runs. nu = 0 has no mixer, and is run once. Raises ValueError; flags that the
+    script refuses end the program with its own message (code 2)."""
+    check(grid)
     script, default = trainer(grid.script)
     where, runs = "--scenario" if hasattr(default, "scenario") else "--map-name", {}
     lists = grid.scenarios, grid.nus or [None], grid.mixers or [None]
@@ -199,29 +194,17 @@ def make_runs(grid, extra=()):
         if mixer and nu != 0:
             words, name = [*words, "--mixer", mixer], f"{name}__{mixer}"
         # Any other setting makes another name; the order of the flags does not.
-        settings = tyro.cli(type(default), args=[*words, *extra], prog=script)
-        flags = sorted(vars(settings).items() - vars(default).items())
-        mark = hashlib.sha256(repr((script, flags)).encode()).hexdigest()[:8]
+        settings = tyro.cli(type(default), args=[*words, *grid.flags], prog=script)
+        differ = sorted(vars(settings).items() - vars(default).items())
+        mark = hashlib.sha256(repr((script, differ)).encode()).hexdigest()[:8]
         for seed in grid.seeds:
             folder = grid.out.resolve() / f"{name}__s{seed}__{mark}"
-            own = (*words, "--seed", str(seed), *extra)
+            own = (*words, "--seed", str(seed), *grid.flags)
             runs[folder] = Run(script, own, folder, grid.cores)
     return list(runs.values())
 
 
 # ------ launcher
-def executor_of(grid, folder):
-    """submitit's, which keeps its files in the folder."""
-    logging.getLogger("submitit").setLevel(logging.ERROR)  # warns where Slurm keeps no accounts
-    executor = submitit.AutoExecutor(folder, cluster=grid.cluster, slurm_max_num_timeout=1000)
-    # Local jobs have no limit of time.
-    how = {"name": "maipg", "timeout_min": 10**7, "slurm_time": int(60 * grid.hours)}
-    how |= {"slurm_cpus_per_task": grid.cores, "slurm_mem": f"{grid.memory_gb}GB"}
-    how |= {"slurm_gpus_per_node": grid.gpus or None, "slurm_partition": grid.partition}
-    executor.update_parameters(slurm_signal_delay_s=120, **how)
-    return executor
-
-
 def submit(run, executor):
     """submitit's job; on Slurm, one that a killed launcher has left goes on."""
     known = run.folder / "slurm_id"
@@ -239,79 +222,73 @@ def submit(run, executor):
     return job
 
 
-def stop(runs, told):
-    """Ask trainers on this machine to save and end, but once: a second signal ends them at once."""
-    for holder in {run.holder() for run in runs} - told:
-        pid, _, host = holder.partition("@")
-        if host == os.uname().nodename:
-            told.add(holder)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGTERM)
-
-
 def work(waiting, slots, executor, bar, stopped):
-    """Run all, or until there is a signal in `stopped`. Returns what failed: {run: last line}."""
-    jobs, failed, told = {}, {}, set()
-    patience = 1 if executor.cluster == "slurm" else 2
+    """Run all, or until there is a signal in `stopped`; name what failed."""
+    jobs, told, patience = {}, set(), 1 if executor.cluster == "slurm" else 2
     while (waiting or jobs) and len(stopped) < patience:
         if stopped:
             waiting.clear()
-            stop(jobs, told)
+        # Trainers on this machine save and end; a second signal would end them at once.
+        for holder in {run.holder() for run in jobs if stopped} - told:
+            pid, _, host = holder.partition("@")
+            if host == os.uname().nodename:
+                told.add(holder)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGTERM)
         while waiting and len(jobs) < slots:
             run = waiting.pop(0)
             jobs[run] = submit(run, executor)
         for run in [run for run, job in jobs.items() if job.done() and not run.holder()]:
             job, log = jobs.pop(run), run.folder / "log.txt"
-            if not run.result():
+            bar.update(run.finished())
+            if not (run.finished() or stopped):
                 text = log.read_text(errors="replace") if log.exists() else job.stderr() or ""
-                failed[run] = (re.findall(r".*\w.*", text) or ["it wrote nothing"])[-1]
-        shares = sum(done(path) for run in jobs for path in run.folder.glob("*/progress.csv"))
-        bar.update(bar.total - len(waiting) - len(jobs) + shares - bar.n)
+                line = ["it wrote nothing", *re.findall(r".*\w.*", text)][-1]
+                bar.write(f"FAILED {run.folder.name}: {line} (log: {log})")
         time.sleep(0.5)
-    return failed
 
 
 def launch(runs, grid):
     """Run what is not finished yet. The exit code: 0, 1 if some failed, 128 + n after signal n."""
-    waiting = [run for run in runs if not run.result()]
+    waiting = [run for run in runs if not run.finished()]
     if grid.dry_run:
         for run in runs:
             print("to run" if run in waiting else "done  ", shlex.join(run.command()))
         return 0
-    executor, stopped = executor_of(grid, runs[0].folder.parent / "submitit"), []
-    cores = 1000 * grid.cores if grid.cluster == "slurm" else os.cpu_count()
-    slots, old = grid.jobs or max(1, cores // grid.cores), len(runs) - len(waiting)
+    folder, stopped, old = grid.out.resolve() / "submitit", [], len(runs) - len(waiting)
+    executor = submitit.AutoExecutor(folder, cluster=grid.cluster, slurm_max_num_timeout=1000)
+    # Local jobs have no limit of time.
+    how = {"name": "maipg", "timeout_min": 10**7, "slurm_time": int(60 * grid.hours)}
+    how |= {"slurm_mem": f"{grid.memory_gb}GB", "slurm_cpus_per_task": grid.cores}
+    how |= {"slurm_gpus_per_node": grid.gpus or None, "slurm_partition": grid.partition}
+    executor.update_parameters(slurm_signal_delay_s=120, **how)
+    here = max(1, os.cpu_count() // grid.cores)
+    slots = grid.jobs or {"local": here, "slurm": 1000}[grid.cluster]
     print(f"{len(runs)} runs, {old} finished before, {slots} at once", flush=True)
     count = subprocess.getoutput("nvidia-smi -L 2> /dev/null").count("\n") + 1
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     for run, gpu in zip(waiting, itertools.cycle(gpus if grid.cluster == "local" else [None])):
         run.gpu = gpu
-    handlers = {}
-    for n in [signal.SIGINT, signal.SIGTERM]:
-        handlers[n] = signal.signal(n, lambda number, _: stopped.append(number))
-    often, end = (0.5, "") if sys.stderr.isatty() else (60, "\n")
-    style = "{l_bar}{bar:9}| {n:.2f}/{total} runs [{elapsed}<{remaining}]" + end
-    with tqdm(total=len(runs), bar_format=style, miniters=0, mininterval=often) as bar:
-        failed = work(waiting, slots, executor, bar, stopped)
+    note = lambda number, frame: stopped.append(number)
+    handlers = {n: signal.signal(n, note) for n in [signal.SIGINT, signal.SIGTERM]}
+    with tqdm(total=len(runs), initial=old, unit="run", disable=None) as bar:
+        work(waiting, slots, executor, bar, stopped)
     for n, handler in handlers.items():
         signal.signal(n, handler)
     if stopped:
         print("stopped; the same command goes on, or watches the jobs that Slurm keeps (scancel)")
         return 128 + stopped[0]
-    for run, line in failed.items():
-        print(f"FAILED {run.folder.name}: {line} (log: {run.folder / 'log.txt'})")
-    print(f"{len(runs) - len(failed)} of {len(runs)} runs are finished")
-    return 1 if failed else 0
+    count = sum(run.finished() for run in runs)
+    print(f"{count} of {len(runs)} runs are finished")
+    return int(count < len(runs))
 
 
 # ------ main
 def main(argv=None):
-    words = list(sys.argv[1:] if argv is None else argv)
-    cut = words.index("--") if "--" in words else len(words)
+    grid = tyro.cli(Grid, args=argv, description=__doc__)
     try:
-        grid = tyro.cli(Grid, args=words[:cut], description=__doc__)
-        return launch(make_runs(grid, words[cut + 1 :]), grid)
-    except (UsageError, OSError, RuntimeError) as error:
+        return launch(make_runs(grid), grid)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
         return 2
 

@@ -75,12 +75,12 @@ def assert_whole(out, runs, steps=20):
     folders = run_folders(out)
     assert len(folders) == runs
     for folder in folders:
-        assert steps_of(folder) == list(range(steps)) and run_of(folder).result()
+        assert steps_of(folder) == list(range(steps)) and run_of(folder).finished()
 
 
 def grid(*extra, **settings):
     settings = {"script": TRAINER, "scenarios": ("3m",), "seeds": (1,)} | settings
-    return launch.make_runs(launch.Grid(**settings), extra)
+    return launch.make_runs(launch.Grid(**settings, flags=extra))
 
 
 def test_a_grid_has_no_run_twice():
@@ -116,8 +116,7 @@ def test_finished_is_what_has_all_its_steps(tmp_path):
     def share(text, total=100):
         (folder / "args.json").write_text(json.dumps({"total_timesteps": total}))
         table.write_text(text)
-        finished = run_of(tmp_path / "job").result()
-        assert finished == (folder if launch.done(table) >= 1 else None)
+        assert run_of(tmp_path / "job").finished() == (launch.done(table) >= 1)
         return launch.done(table)
 
     head = "global_step,eval/win_rate,losses/policy\n"
@@ -276,7 +275,7 @@ def test_launcher_and_jobs_are_killed(tmp_path):
         os.kill(pid, signal.SIGKILL)
     launcher.wait()
     wait_for(lambda: not any(holders(out)))
-    assert not any(run_of(folder).result() for folder in run_folders(out))
+    assert not any(run_of(folder).finished() for folder in run_folders(out))
     assert finish(out) == 0
     assert_whole(out, 2)
 
@@ -322,7 +321,7 @@ def test_stop_before_a_trainer_has_begun(tmp_path):
     assert launcher.wait(timeout=60) == 128 + signal.SIGTERM
     processes = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
     assert not any(str(out).encode() in words for words in processes)
-    assert not any(run_of(folder).result() for folder in run_folders(out))
+    assert not any(run_of(folder).finished() for folder in run_folders(out))
 
 
 # ------ Slurm
