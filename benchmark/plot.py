@@ -75,10 +75,10 @@ STYLE = {"font.size": 8, "axes.grid": True, "grid.alpha": 0.25, "lines.linewidth
 def read_csv(path, columns):
     """A CSV whose `columns` have no empty cell. ValueError: one line that says what is wrong."""
     try:
-        table = pd.read_csv(path, index_col=False, dtype=TYPES)
+        table = pd.read_csv(path, index_col=False, dtype=TYPES, na_values=["inf", "-inf"])
         if missing := set(columns) - set(table):
             raise ValueError(f"there is no column {min(missing)}")
-        bad = (table[columns].isna() | table[columns].isin([np.inf, -np.inf])).any(axis=1)
+        bad = table[columns].isna().any(axis=1)
         line = 2 + bad.argmax() if bad.any() else 1 + len(table)
         if bad.any() or not len(table) or not path.read_bytes().endswith(b"\n"):
             raise ValueError(f"line {line} is incomplete")
@@ -127,37 +127,30 @@ def full_names(runs):
     return names
 
 
-def read_run(folder):
+def read_run(folder, settings):
     """(a row of runs.csv, the run's rows of curves.csv) of a run folder. ValueError: damaged."""
-    settings = settings_of(folder)
     key = {name: settings[name] for name in KEY}
     table = read_csv(folder / "progress.csv", ["global_step", "charts/SPS"])
     steps = table["global_step"].diff().fillna(table["global_step"])
     table["hours"] = (steps / table["charts/SPS"]).cumsum() / 3600
-    if "variance/slope" in table:  # Cov / (sd A sd Qc) and Cov / Var(Qc) say the rest
-        ratio = table["variance/corr"] / table["variance/slope"]  # sd of Qc / sd of A
-        table["variance/r_var_pi"] = 1 - 2 * table["variance/corr"] * ratio + ratio**2
-    table = table.rename(columns=METRICS)
-    metrics = [name for name in METRICS.values() if name in table]
-    curves = table.melt(["global_step", "hours"], metrics, "metric").dropna().assign(**key)[CURVE]
+    table = table.reindex(columns=["global_step", "hours", *METRICS])
+    # Cov / (sd A sd Qc) and Cov / Var(Qc) say the rest; their ratio is sd of Qc / sd of A.
+    ratio = table["variance/corr"] / table["variance/slope"]
+    table["variance/r_var_pi"] = 1 - 2 * table["variance/corr"] * ratio + ratio**2
+    last = table.iloc[-1]
+    table = table.rename(columns=METRICS).melt(["global_step", "hours"], var_name="metric")
+    curves = table.dropna().assign(**key)[CURVE]
     if not curves["metric"].isin(SCORES).any():
         raise ValueError(f"{folder / 'progress.csv'} has no evaluation")
-    row = settings["job"] | key | {"hours": table["hours"].iloc[-1]}
-    row["steps"] = table["global_step"].iloc[-1]
-    row["final"], row["area"] = scores(curves, row["steps"])
-    return {name: row.get(name, "") for name in RUN}, curves
+    row = settings["job"] | key | {"steps": int(last["global_step"]), "hours": last["hours"]}
+    return pd.DataFrame([row]).reindex(columns=RUN), curves
 
 
 def read_tables(path):
     """(runs, curves) of a curves.csv and of the runs.csv beside it."""
-    curves = read_csv(path, [name for name in CURVE if name != "hours"]).reindex(columns=CURVE)
-    runs = read_csv(path.with_name("runs.csv"), [*KEY, "steps"]).reindex(columns=RUN)
-    parts = dict(iter(curves.groupby(KEY)))
-    if set(parts) != set(runs[KEY].itertuples(index=False, name=None)):
-        raise ValueError(f"{path} and the runs.csv beside it tell of different runs")
-    for k, run in runs.iterrows():
-        runs.loc[k, ["final", "area"]] = scores(parts[tuple(run[KEY])], run["steps"])
-    return runs, curves
+    curves = read_csv(path, [name for name in CURVE if name != "hours"])
+    runs = read_csv(path.with_name("runs.csv"), [*KEY, "steps"])
+    return runs.reindex(columns=RUN), curves.reindex(columns=CURVE)
 
 
 def read(paths):
@@ -166,7 +159,7 @@ def read(paths):
     FileNotFoundError: there is none. ValueError: a file is damaged, or runs cannot be pooled.
     """
     tables, found = [], {}
-    for path in map(Path, paths):
+    for path in paths:
         if path.is_file():
             tables.append(read_tables(path))
         for args in sorted(path.glob("**/args.json")):
@@ -174,16 +167,19 @@ def read(paths):
                 found[args.parent] = settings_of(args.parent)
     found = {folder: settings for folder, settings in found.items() if settings["done"] >= 1}
     names = full_names(pd.DataFrame(found.values())) if found else []
-    for folder, name in zip(found, names):
-        row, curves = read_run(folder)
-        tables.append((pd.DataFrame([row | {"method": name}]), curves.assign(method=name)))
+    for (folder, settings), name in zip(found.items(), names):
+        tables.append(read_run(folder, settings | {"method": name}))
     if not tables:
         raise FileNotFoundError(f"no finished run and no CSV in {' '.join(map(str, paths))}")
     mappo_first = lambda column: column.replace("^MAPPO", " MAPPO", regex=True)
     runs, curves = (pd.concat(x).sort_values(KEY, key=mappo_first) for x in zip(*tables))
+    parts, keys = dict(iter(curves.groupby(KEY))), list(zip(*(runs[name] for name in KEY)))
+    if set(parts) != set(keys):
+        raise ValueError("curves.csv and the runs.csv beside it tell of different runs")
     for (scenario, method), own in runs.groupby(KEY[:2]):
         if own["seed"].duplicated().any() or own["steps"].max() > 1.1 * own["steps"].min():
             raise ValueError(f"{method} on {scenario}: runs of one seed, or not equally long")
+    runs[["final", "area"]] = [scores(parts[key], n) for key, n in zip(keys, runs["steps"])]
     return runs, curves
 
 
@@ -246,13 +242,11 @@ def comparison(runs):
 
 def on_one_grid(rows, x):
     """(grid [P], values [seeds, P]) of the curves of one method on one task, interpolated where
-    seeds were evaluated at different x, up to where the shortest one ends."""
+    seeds were evaluated at different x, where all of them have been."""
     seeds = [part.sort_values(x) for _, part in rows.groupby("seed")]
-    end = min(part[x].iloc[-1] for part in seeds)
-    grid = np.unique(np.concatenate([part[x] for part in seeds]))
-    if x == "hours":  # no two runs have the same: as many points as one run has
-        grid = np.linspace(max(part[x].iloc[0] for part in seeds), end, len(seeds[0]))
-    grid = grid[grid <= end]
+    start, end = rows.groupby("seed")[x].min().max(), rows.groupby("seed")[x].max().min()
+    grid = np.unique(rows[x])
+    grid = grid[(start <= grid) & (grid <= end)]
     return grid, np.stack([np.interp(grid, part[x], part["value"]) for part in seeds])
 
 
@@ -281,7 +275,8 @@ def panel(axis, part, looks, x, style):
         else:
             middle, spread = values.mean(0), values.std(0)
             low, high = middle - spread, middle + spread
-        axis.plot(grid, middle, label=method, marker="" if len(grid) > 1 else "o", **look)
+        label, marker = f"{method} ({len(values)})", "" if len(grid) > 1 else "o"
+        axis.plot(grid, middle, label=label, marker=marker, **look)
         axis.fill_between(grid, low, high, color=look["color"], alpha=0.18, lw=0)
     axis.locator_params(axis="x", nbins=5)
     if x == "global_step":
@@ -292,11 +287,7 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
     """One panel per metric (down) and scenario (across), one line per method."""
     have, scenarios = list(dict.fromkeys(curves["metric"])), sorted(set(curves["scenario"]))
     metrics = metrics or [next(m for m in SCORES + have if m in have)]
-    seeds = curves.groupby(KEY[:2])["seed"].nunique().groupby("method").unique()
-    labels = {m: f"{m} ({'-'.join(map(str, sorted(n)))})" for m, n in seeds.items()}
-    width = max(5.0, 3.6 * len(scenarios))
-    columns = max(1, int(16 * width / (9 + max(map(len, labels.values())))))  # 16 letters an inch
-    size = (width, 0.7 + 2.6 * len(metrics) + 0.17 * -(-len(labels) // columns))
+    size = (1.4 + 3.6 * len(scenarios), 1.4 + 2.6 * len(metrics))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(len(metrics), len(scenarios), figsize=size, squeeze=False)
         figure.set_layout_engine("constrained")
@@ -310,8 +301,8 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
             if metric == "win rate":
                 axis.set_ylim(-0.03, 1.03)
         handles = {name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels())}
-        names = [labels[name] for name in handles]
-        figure.legend(handles.values(), names, loc="outside lower center", ncols=columns)
+        where = {"loc": "outside lower center", "ncols": len(scenarios)}
+        figure.legend(handles.values(), handles, **where)
         band = "mean and standard deviation" if style == "std" else "IQM and its 95 % interval"
         figure.suptitle(f"{band} over the seeds (how many: in brackets)", fontsize=8)
         figure.savefig(path, dpi=150)
@@ -320,11 +311,9 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
 
 def write(runs, curves, folder, name="figure", **drawing):
     """runs.csv, curves.csv, comparison.csv and a picture in a folder; the picture's path."""
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for what, table in {"curves": curves, "runs": runs, "comparison": comparison(runs)}.items():
-        table.to_csv(folder / f".{what}.csv", index=False, float_format="%.6g")
-        (folder / f".{what}.csv").replace(folder / f"{what}.csv")  # never half a table
+        table.to_csv(folder / f"{what}.csv", index=False, float_format="%.6g")
     draw(curves, folder / f"{name}.png", **drawing)
     return folder / f"{name}.png"
 
