@@ -51,15 +51,15 @@ def load_run(run_dir):
         module, args_class, _ = SCRIPTS[script]
         saved = module.load_checkpoint(run_dir, args_class)
         saved["step"] = saved["progress"]["step"]
-        broken = [name for name, x in saved["agent"].items() if not x.isfinite().all()]
         policy_of(saved)
     except USAGE_ERRORS:
         raise
     except Exception as error:
         text = f"{path} is no checkpoint of {' '.join(SCRIPTS)}, as they are now: {error!r:.200}"
         raise smac.UsageError(text) from None
-    if broken:
-        raise smac.UsageError(f"{path}: weights are not finite, first {broken[0]}")
+    for name, x in saved["agent"].items():
+        if not x.isfinite().all():
+            raise smac.UsageError(f"{path}: weights are not finite, first {name}")
     return saved
 
 
@@ -138,11 +138,10 @@ def play(module, policy, games, seed, args, bar):
     played, buffer, episodes = now["keep"], {}, {}
     while (played < share).any():
         module.rollout(policy, games, buffer, now, 1)
-        number = played + buffer["done"].cumsum(0)
-        counted = buffer["done"] & (number <= share)
+        counted = buffer["done"][0] & (played < share)
         for name in {"return", "won"} & buffer.keys():
-            episodes.setdefault(name, []).extend(buffer[name][counted].tolist())
-        played = number[-1]
+            episodes.setdefault(name, []).extend(buffer[name][0, counted].tolist())
+        played = played + counted
         bar.update(int(counted.sum()))
     return episodes
 
@@ -158,13 +157,12 @@ def measure(saved, args, seed):
         retry = getattr(module, "with_retries", lambda judge, progress: judge(0))
         episodes = retry(judge, {"restarts": 0})
     of_rate, of_mean = intervals(sum(episodes.get("won", [])), episodes["return"])
-    rows = [("return", episodes["return"], of_mean)]
-    if victory:
-        name = {"won": "win rate", "scored": "scored"}[victory]
-        rows.insert(0, (name, episodes["won"], of_rate))
+    row = "{:8}  {:.3f}   95% interval [{:.3f}, {:.3f}]".format
     print(f"{task}, {saved['script']} at step {saved['step']:,}: {count} episodes")
-    for name, values, (low, high) in rows:
-        print(f"{name:8}  {np.mean(values):.3f}   95% interval [{low:.3f}, {high:.3f}]")
+    if victory:
+        name = "win rate" if victory == "won" else victory
+        print(row(name, np.mean(episodes["won"]), *of_rate))
+    print(row("return", np.mean(episodes["return"]), *of_mean))
 
 
 # ---------- main

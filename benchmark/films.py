@@ -70,12 +70,6 @@ def gif(frames, pause):
     return content.getvalue()
 
 
-def disc(canvas, place, radius, *style):
-    """A circle; style: its colour, that of its edge, and the edge's width."""
-    x, y = place
-    canvas.ellipse([x - radius, y - radius, x + radius, y + radius], *style)
-
-
 # ---------- particle worlds, PettingZoo
 def particles(games):
     """mpe2's own pictures of our worlds."""
@@ -142,9 +136,9 @@ def pitch(obs, left):
         for i, (x, y) in enumerate(obs[0, 44 * team : 44 * team + 22].reshape(11, 2)):
             # Who is not there stands at (-1, -1), beside the pitch.
             edge = "black" if team == 0 and i in steered else "white"
-            disc(canvas, place(x, y), 0.02 * zoom, colour, edge, int(0.007 * zoom))
+            canvas.circle(place(x, y), 0.02 * zoom, colour, edge, int(0.007 * zoom))
     x, y, height = obs[0, 88:91]
-    disc(canvas, place(x, y), (0.01 + 0.004 * height) * zoom, "white", "black", 4)
+    canvas.circle(place(x, y), (0.01 + 0.004 * height) * zoom, "white", "black", 4)
     return picture.reduce(2)
 
 
@@ -184,7 +178,7 @@ def battle(env, world, view):
         canvas.line([*place[i], *place[target]], fill=colour[i], width=4)
     for i in np.flatnonzero(world.unit_alive):
         pale = tuple(c + (255 - c) * 2 // 3 for c in colour[i])
-        disc(canvas, place[i], radius[i], pale, colour[i], 3)
+        canvas.circle(tuple(place[i]), radius[i], pale, colour[i], 3)
         box = [*(place[i] - radius[i]), *(place[i] + radius[i])]
         canvas.pieslice(box, -90, -90 + 360 * health[i], fill=colour[i])
         edge = {"stroke_width": 2, "stroke_fill": colour[i], "anchor": "mm"}
