@@ -106,12 +106,10 @@ def load_policy(run_dir):
 # ---------- win rate and return
 def intervals(wins, returns):
     """95% intervals (low, high): Wilson's of the win rate, Student's of the mean return."""
-    count, error = len(returns), np.nan
+    count, mean = len(returns), np.mean(returns)
     rate = stats.binomtest(wins, count).proportion_ci(method="wilson")
-    if count > 1:
-        error = stats.t.ppf(0.975, count - 1) * np.std(returns, ddof=1) / np.sqrt(count)
-    mean = np.mean(returns)
-    return (float(rate.low), float(rate.high)), (float(mean - error), float(mean + error))
+    error = stats.t.ppf(0.975, count - 1) * stats.sem(returns) if count > 1 else np.nan
+    return rate, (mean - error, mean + error)
 
 
 def games_of(args):

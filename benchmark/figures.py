@@ -31,15 +31,14 @@ TINY = "--num-envs 1 --eval-episodes 1 --total-timesteps"
 SMAX = "--backend smax --eval-every"
 GRF = "--num-envs 20 --rollout-steps 200 --num-workers 1 --eval-episodes 50 --eval-every 40000"
 
-# What is trained at a scale: scenarios, MAIPG's nus (None: the script's own), seeds, flags.
+# What is trained at a scale: scenarios, MAIPG's nus (None: the script's own), seeds, flags. The
+# smoke test of a script is one for all.
 SETTINGS = {
     ("smac", "smoke"): ("3m", None, 1, f"{TINY} 800 {SMAX} 400"),
     ("smac", "cpu"): ("3m 2s3z", None, 2, f"--total-timesteps 120000 {SMAX} 10000"),
     ("smac", "paper"): (MAPS, None, 10, ""),
-    ("ablation", "smoke"): ("3m", None, 1, f"{TINY} 800 {SMAX} 400"),
     ("ablation", "cpu"): ("2s3z", (0.3, 0.5), 3, f"--total-timesteps 500000 {SMAX} 20000"),
     ("ablation", "paper"): ("2s3z corridor", (0.3, 0.5), 10, ""),
-    ("spread", "smoke"): ("spread", None, 1, f"{TINY} 50 --update-epochs 1 --eval-every 25"),
     ("spread", "cpu"): ("spread", None, 3, "--total-timesteps 300000 --eval-every 30000"),
     ("spread", "paper"): ("spread", None, 10, ""),
     ("mpe", "smoke"): ("spread", None, 1, f"{TINY} 50 --update-epochs 1 --eval-every 25"),
@@ -88,19 +87,20 @@ def matrix(args, out):
 def make_runs(args):
     """(runs of a figure, one of its grids). Baselines have at most five seeds, as in the paper."""
     _, setting, script, methods, _ = FIGURES[args.figure]
-    scenarios, nus, count, flags = SETTINGS[setting, args.scale]
+    trained = SETTINGS.get((setting, args.scale)) or SETTINGS[script, args.scale]
+    scenarios, nus, count, flags = trained
     same = {field.name: getattr(args, field.name) for field in fields(launch.Options)}
     same |= {"scenarios": tuple(scenarios.split()), "flags": tuple(flags.split())}
     same["out"] = args.runs / args.scale
     runs, seeds = [], tuple(range(1, count + 1))
     for method in methods.split():
-        own = {"script": f"maipg_{script}.py", "seeds": seeds, "nus": nus, "mixers": (method,)}
+        grid = launch.Grid(**same, script=f"maipg_{script}.py", seeds=seeds)
         if method == "MAPPO":
-            own |= {"nus": (0.0,), "mixers": None}
+            grid.nus = (0.0,)
         elif method.isupper():
-            baseline = f"benchmark/baselines/{method.lower()}.py"
-            own = {"script": baseline, "seeds": seeds[:5]}
-        grid = launch.Grid(**same, **own)
+            grid.script, grid.seeds = f"benchmark/baselines/{method.lower()}.py", seeds[:5]
+        else:
+            grid.nus, grid.mixers = nus, (method,)
         runs += launch.make_runs(grid)
     return runs, grid
 

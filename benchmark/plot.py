@@ -301,8 +301,7 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
             if metric == "win rate":
                 axis.set_ylim(-0.03, 1.03)
         handles = {name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels())}
-        where = {"loc": "outside lower center", "ncols": len(scenarios)}
-        figure.legend(handles.values(), handles, **where)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(scenarios))
         band = "mean and standard deviation" if style == "std" else "IQM and its 95 % interval"
         figure.suptitle(f"{band} over the seeds (how many: in brackets)", fontsize=8)
         figure.savefig(path, dpi=150)

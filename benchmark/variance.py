@@ -81,8 +81,8 @@ def load(run_dir, own):
 def restore(run, seed):
     """New games of a loaded run: envs, what they show now, and its agent."""
     torch.set_num_threads(run.args.threads)
-    kinds = {"sc2": smac.SC2Envs, "smax": smac.SMAXEnvs, "mpe": mpe.ParticleEnvs}
-    run.envs = kinds[getattr(run.args, "backend", "mpe")](run.args)
+    _, envs_class, *_ = evaluate.games_of(run.args)
+    run.envs = envs_class(run.args)
     run.now = run.script.begin(run.envs, 2 * 10**9 + seed, run.args)
     run.agent = run.script.Agent(run.now, run.args).to(run.args.device)
     run.agent.load_state_dict(run.saved["agent"])
