@@ -222,19 +222,23 @@ def submit(run, executor):
     return job
 
 
+def stop(runs, told):
+    """Ask trainers on this machine to save and end, but once: a second signal ends them at once."""
+    for holder in {run.holder() for run in runs} - told:
+        pid, _, host = holder.partition("@")
+        if host == os.uname().nodename:
+            told.add(holder)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGTERM)
+
+
 def work(waiting, slots, executor, bar, stopped):
     """Run all, or until there is a signal in `stopped`; name what failed."""
     jobs, told, patience = {}, set(), 1 if executor.cluster == "slurm" else 2
     while (waiting or jobs) and len(stopped) < patience:
         if stopped:
             waiting.clear()
-        # Trainers on this machine save and end; a second signal would end them at once.
-        for holder in {run.holder() for run in jobs if stopped} - told:
-            pid, _, host = holder.partition("@")
-            if host == os.uname().nodename:
-                told.add(holder)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGTERM)
+            stop(jobs, told)
         while waiting and len(jobs) < slots:
             run = waiting.pop(0)
             jobs[run] = submit(run, executor)
@@ -255,7 +259,7 @@ def launch(runs, grid):
         for run in runs:
             print("to run" if run in waiting else "done  ", shlex.join(run.command()))
         return 0
-    folder, stopped, old = grid.out.resolve() / "submitit", [], len(runs) - len(waiting)
+    folder = grid.out.resolve() / "submitit"
     executor = submitit.AutoExecutor(folder, cluster=grid.cluster, slurm_max_num_timeout=1000)
     # Local jobs have no limit of time.
     how = {"name": "maipg", "timeout_min": 10**7, "slurm_time": int(60 * grid.hours)}
@@ -264,6 +268,7 @@ def launch(runs, grid):
     executor.update_parameters(slurm_signal_delay_s=120, **how)
     here = max(1, os.cpu_count() // grid.cores)
     slots = grid.jobs or {"local": here, "slurm": 1000}[grid.cluster]
+    old, stopped = len(runs) - len(waiting), []
     print(f"{len(runs)} runs, {old} finished before, {slots} at once", flush=True)
     count = subprocess.getoutput("nvidia-smi -L 2> /dev/null").count("\n") + 1
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
@@ -271,16 +276,16 @@ def launch(runs, grid):
         run.gpu = gpu
     note = lambda number, frame: stopped.append(number)
     handlers = {n: signal.signal(n, note) for n in [signal.SIGINT, signal.SIGTERM]}
-    with tqdm(total=len(runs), initial=old, unit="run", disable=None) as bar:
+    with tqdm(total=len(runs), initial=old, unit="run") as bar:
         work(waiting, slots, executor, bar, stopped)
     for n, handler in handlers.items():
         signal.signal(n, handler)
     if stopped:
         print("stopped; the same command goes on, or watches the jobs that Slurm keeps (scancel)")
         return 128 + stopped[0]
-    count = sum(run.finished() for run in runs)
-    print(f"{count} of {len(runs)} runs are finished")
-    return int(count < len(runs))
+    ended = sum(run.finished() for run in runs)
+    print(f"{ended} of {len(runs)} runs are finished")
+    return int(ended < len(runs))
 
 
 # ------ main
