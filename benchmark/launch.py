@@ -58,7 +58,7 @@ class Grid(Options):
     mixers: tuple[str, ...] | None = None  # None: the script's own
     seeds: tuple[int, ...] = (1, 2, 3)
     out: Path = Path("runs/grid")  # where the runs' folders are made
-    flags: tyro.conf.Positional[tuple[str, ...]] = ()  # after --: the script's own
+    flags: tyro.conf.Positional[tuple[str, ...]] = ()  # after --: flags of the script
 
 
 LIMITS = {"nus": (0, 1), "seeds": (0, 10**9), "gpus": (0, 1000), "hours": (0.1, 10_000)}
