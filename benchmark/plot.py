@@ -284,15 +284,18 @@ def panel(axis, part, looks, x, style):
 
 
 def draw(curves, path, metrics=None, x="global_step", style="std"):
-    """One panel per metric (down) and scenario (across), one line per method."""
-    have, scenarios = list(dict.fromkeys(curves["metric"])), sorted(set(curves["scenario"]))
-    metrics = metrics or [next(m for m in SCORES + have if m in have)]
-    size = (1.4 + 3.6 * len(scenarios), 1.4 + 2.6 * len(metrics))
+    """One panel per metric (down; None: the scenario's score) and scenario (across), one line per
+    method."""
+    scenarios, metrics = sorted(set(curves["scenario"])), metrics or [None]
+    width = 3.6 if len(scenarios) < 3 else 2.6
+    size = (1.4 + width * len(scenarios), 1.4 + 2.6 * len(metrics))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(len(metrics), len(scenarios), figsize=size, squeeze=False)
         figure.set_layout_engine("constrained")
         for axis, (metric, scenario) in zip(axes.flat, product(metrics, scenarios)):
-            part = curves[(curves["metric"] == metric) & (curves["scenario"] == scenario)]
+            part = curves[curves["scenario"] == scenario]
+            metric = metric or min(part["metric"], key=[*SCORES, *part["metric"]].index)
+            part = part[part["metric"] == metric]
             panel(axis, part, looks(dict.fromkeys(curves["method"])), x, style)
             rate = "scored" if scenario.startswith("academy_") else "greedy win rate"
             label = {"win rate": rate, "return": "greedy return"}.get(metric, metric)
