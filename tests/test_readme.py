@@ -67,7 +67,7 @@ COMMANDS = {
 }
 ELSEWHERE = {
     "pip install -r requirements.txt": ".ci/run",
-    "pytest": ".ci/run",
+    "pytest -n 2 --dist loadfile": ".ci/run",
     "pip install smac": "the README warns of it",
     "python benchmark/figures.py fig5 --scale smoke": "test_figures.py",
     "benchmark/install_grf.sh": ".ci/run, test_install.py",
