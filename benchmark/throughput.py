@@ -1,17 +1,25 @@
 """What an update costs: MAPPO (nu = 0) against MAIPG with either critic, in each script.
 
     python benchmark/throughput.py                      # every script that can run here
-    python benchmark/throughput.py --scripts smac --num-envs 32 --device cuda
+    python benchmark/throughput.py --scripts mpe --rounds 9
 
-The three take turns, so that they share whatever else the machine does; each has its own games.
-The first turn, in which memory is allocated, does not count. Medians over the others: seconds of a
-rollout, and of an update with its targets; environment steps per second; and the time, relative to
-nu = 0 in the same turn. Evaluation and log are left out.
+The methods of one size take turns, so that they share whatever else the machine does; each has its
+own games. The first turn, in which memory is allocated, does not count. Medians over the others:
+seconds of a rollout, and of an update with its targets; environment steps per second; and the
+time, relative to nu = 0 in the same turn. Evaluation and log are left out. Then each method runs
+alone, as a user starts it: seconds until its first update is done, and the memory at its peak.
+
+SMAX also has JaxMARL's sizes, with its own MAPPO-RNN where flax and optax are installed.
 """
 
 import contextlib
 import importlib
+import os
+import platform
+import re
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +28,32 @@ from typing import Literal
 import pandas as pd
 import torch
 import tyro
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 GAMES = {"smax": "SMAXEnvs", "sc2": "SC2Envs", "mpe": "ParticleEnvs", "grf": "FootballEnvs"}
-SIZES = {"grf": {"num_envs": 8, "rollout_steps": 100}}  # instead of the script's own
-METHODS = {"nu = 0": {"nu": 0.0}, "compatible": {"critic": "compatible"}, "paper": {}}
+METHODS = {"nu = 0": {"nu": 0}, "compatible": {"critic": "compatible"}, "paper": {}}
+PEER = "JaxMARL's MAPPO"
+JAXMARL = {"rollout_steps": 128, "chunk_length": 16, "hidden_dim": 128}
+JAXMARL |= {"update_epochs": 4, "num_minibatches": 4}
+SIZES = {  # script: {name: what differs from its defaults}
+    "smac": {"defaults": {}}
+    | {f"JaxMARL's, {n} games": JAXMARL | {"num_envs": n} for n in (8, 32, 128)},
+    "mpe": {"defaults": {}},
+    "grf": {"8 games": {"num_envs": 8, "rollout_steps": 100}},
+}
+SMOKE = {"num_envs": 2, "rollout_steps": 25, "chunk_length": 25, "update_epochs": 1}
 
 
 @dataclass
 class Args:
     scripts: tuple[Literal["smac", "mpe", "grf"], ...] = ("smac", "mpe", "grf")  # maipg_*.py
-    num_envs: int | None = None  # None: the script's own (football: 8)
-    updates: int = 5  # that count
+    rounds: int = 5  # turns that count
+    threads: int = 1  # CPU threads of torch; JAX has its own
     device: Literal["cpu", "cuda"] = "cpu"  # of torch; SMAX follows where JAX has a GPU
-    threads: int = 1  # CPU threads of torch
+    smoke: bool = False  # a tiny size of each script only
     out: Path = Path("runs/throughput.csv")  # the table
 
 
@@ -60,39 +79,72 @@ def trainer(script, args, envs):
     return turn
 
 
-def measure(script, name, args):
-    """A script's rows of the table. Raises its UsageError."""
-    size = SIZES.get(name, {}) | ({} if args.num_envs is None else {"num_envs": args.num_envs})
-    turns, rows = {}, []
+def first_update(name, settings, folder):
+    """Seconds until a command's first update is in its log, and its peak memory in MiB (Linux)."""
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    words += ["--eval-every=999999999", f"--runs-dir={folder}"]
+    start, quiet = time.perf_counter(), subprocess.DEVNULL
+    command = [sys.executable, ROOT / f"maipg_{name}.py", *words]
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as run:
+        while run.poll() is None:
+            status = Path(f"/proc/{run.pid}/status").read_text()
+            # A row of names comes first.
+            if any(x.read_text().count("\n") > 1 for x in Path(folder).glob("*/progress.csv")):
+                run.kill()
+                return time.perf_counter() - start, int(status.split("VmHWM:")[1].split()[0]) / 1024
+            time.sleep(0.05)
+    raise OSError(f"maipg_{name}.py ended by itself: {run.returncode}")
+
+
+def measure(script, name, size, args):
+    """The rows of one size. Raises the script's UsageError."""
+    settings = SIZES[name].get(size, SMOKE) | {"device": args.device, "threads": args.threads}
+    turns, rows, starts = {}, [], {}
     with contextlib.ExitStack() as stack:
         for method, own in METHODS.items():
-            case = script.resolve(script.Args(**own, **size, device=args.device))
+            case = script.resolve(script.Args(**settings, **own))
             games = getattr(script, GAMES[getattr(case, "backend", name)])(case)
             turns[method] = trainer(script, case, stack.enter_context(contextlib.closing(games)))
-        for number in range(args.updates + 1):
-            for method, turn in turns.items():
-                rows.append((number, name, method, *turn()))
-    table = pd.DataFrame(rows, columns=["turn", "script", "method", "rollout_s", "update_s"])
+        if size.startswith("JaxMARL") and case.backend == "smax":
+            with contextlib.suppress(ImportError):
+                from benchmark import jaxmarl_mappo
+
+                turns[PEER] = jaxmarl_mappo.trainer(case.map_name, case.num_envs)
+        rounds = range(args.rounds + 1)
+        for number in tqdm(rounds, desc=f"{name}, {size}", disable=not sys.stderr.isatty()):
+            rows += [(number, name, size, method, *turn()) for method, turn in turns.items()]
+    for method in list(METHODS)[-1:] if args.smoke else METHODS:
+        with tempfile.TemporaryDirectory() as folder:
+            starts[method] = first_update(name, settings | METHODS[method], folder)
+    columns = ["turn", "script", "size", "method", "rollout_s", "update_s"]
+    table = pd.DataFrame(rows, columns=columns)
     seconds = table["rollout_s"] + table["update_s"]
     table["steps_per_s"] = case.num_envs * case.rollout_steps / seconds
     table["ratio"] = seconds / seconds.groupby(table["turn"]).transform("first")
     table = table[table["turn"] > 0].drop(columns="turn")
-    return table.groupby(["script", "method"], sort=False, as_index=False).median()
+    table = table.groupby(columns[1:4], sort=False, as_index=False).median()
+    starts = pd.DataFrame.from_dict(starts, "index", columns=["start_s", "peak_mib"])
+    return table.join(starts, on="method")
 
 
 def main(argv=None):
     args, tables = tyro.cli(Args, args=argv, description=__doc__), []
-    if not args.scripts or min(args.updates, args.threads) < 1:
-        print("error: --scripts: one or more; --updates, --threads: from 1", file=sys.stderr)
+    if not args.scripts or min(args.rounds, args.threads) < 1:
+        print("error: --scripts: one or more; --rounds, --threads: from 1", file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU used"
+    print(f"{cpu and cpu[1]}, {os.cpu_count()} cores, {gpu}; Python {platform.python_version()},")
+    print(f"torch {torch.__version__}, threads: {args.threads}", flush=True)
     for name in dict.fromkeys(args.scripts):
         script = importlib.import_module(f"maipg_{name}")
-        try:
-            tables.append(measure(script, name, args))
-            print(tables[-1].round(3).to_string(index=False), flush=True)
-        except (script.UsageError, ImportError) as error:
-            print(f"error: {name} is left out: {error}", file=sys.stderr)
+        for size in ["smoke"] if args.smoke else SIZES[name]:
+            try:
+                tables.append(measure(script, name, size, args))
+                print(tables[-1].round(3).to_string(index=False), flush=True)
+            except (script.UsageError, ImportError, OSError) as error:
+                print(f"error: {name} is left out: {error}", file=sys.stderr)
     if tables:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         pd.concat(tables).to_csv(args.out, index=False, float_format="%.4g")

@@ -1,5 +1,6 @@
 """benchmark/figures.py: every figure of the paper at --scale smoke; benchmark/throughput.py."""
 
+import importlib
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from benchmark import figures, throughput
@@ -165,19 +167,40 @@ def test_matrix_games(name, files, tmp_path):
 
 def test_throughput(tmp_path, capsys):
     out = tmp_path / "new" / "t.csv"
-    words = ["--scripts", "mpe", "--num-envs", "4", "--updates", "2", "--out", str(out)]
+    words = ["--scripts", "mpe", "--smoke", "--rounds", "2", "--out", str(out)]
     assert throughput.main(words) == 0
+    assert f"torch {torch.__version__}, threads: 1" in capsys.readouterr().out
     table = pd.read_csv(out).set_index("method")
-    assert list(table.index) == ["nu = 0", "compatible", "paper"] and set(table["script"]) == {
-        "mpe"
-    }
+    assert list(table.index) == ["nu = 0", "compatible", "paper"]
+    assert set(table["script"]) == {"mpe"} and set(table["size"]) == {"smoke"}
     assert table.loc["nu = 0", "ratio"] == 1 and table.loc["paper", "ratio"] > 1
     seconds = table["rollout_s"] + table["update_s"]
-    assert (table["steps_per_s"] * seconds / (4 * 25) - 1).abs().max() < 0.5  # medians each
+    assert (table["steps_per_s"] * seconds / (2 * 25) - 1).abs().max() < 0.5  # medians each
     assert table[["rollout_s", "update_s"]].min().min() > 0
+    # A start of the last one only, in a process of its own.
+    starts = table[["start_s", "peak_mib"]]
+    assert starts.loc["paper"].between(0.5, 4000).all() and starts.isna().sum().sum() == 4
 
 
-@pytest.mark.parametrize("words", ["--scripts", "--updates 0", "--threads 0", "--num-envs 0"])
+def test_throughput_sizes():
+    """Each fits its script; JaxMARL's own trainer is timed at JaxMARL's sizes."""
+    for name, sizes in throughput.SIZES.items():
+        script = importlib.import_module(f"maipg_{name}")
+        for size in [*sizes.values(), throughput.SMOKE]:
+            for method in throughput.METHODS.values():
+                case = script.resolve(script.Args(**size, **method, device="cpu"))
+                assert (case.nu == 0) == (method == {"nu": 0})
+
+
+def test_jaxmarl_mappo():
+    """Its rollout and update run."""
+    pytest.importorskip("optax")
+    jaxmarl_mappo = pytest.importorskip("benchmark.jaxmarl_mappo")
+    turn = jaxmarl_mappo.trainer("3m", 2, steps=4, dim=8, epochs=1, minibatches=2)
+    assert min(turn() + turn()) > 0
+
+
+@pytest.mark.parametrize("words", ["--scripts", "--rounds 0", "--threads 0"])
 def test_throughput_refuses(words, tmp_path, capsys):
     words = ["--scripts", "mpe", *words.split(), "--out", str(tmp_path / "x.csv")]
     assert throughput.main(words) == 2
