@@ -271,8 +271,7 @@ class CompatibleCritic(nn.Module):
         self.gram.mul_(self.forgetting).addmm_(x.T, x)
         self.gram.diagonal().add_(self.ridge * len(x))
         self.moment.mul_(self.forgetting).add_(x.T @ advantages.flatten())
-        solution = torch.linalg.solve(self.gram.double(), self.moment.double())
-        self.weights.view(-1).copy_(solution)
+        self.weights.view(-1).copy_(torch.linalg.solve(self.gram.double(), self.moment.double()))
 
 
 class ValueNorm(nn.Module):
@@ -308,7 +307,7 @@ class Agent(nn.Module):
         self.v_norm = ValueNorm()
         self.second = args.critic if args.nu > 0 else "none"
         if self.second == "paper":
-            # The small gain: a utility starts indifferent between actions.
+            # A utility starts indifferent between actions.
             width = dim if args.continuous else A
             utility = Recurrent(obs_dim, dim, width, 0.01, state_dim)
             mixer = Mixer(args.mixer, n, state_dim, dim)
@@ -405,9 +404,8 @@ def interpolate(stochastic, deterministic, nu):
 def value_loss(values, targets, old_values, clip_eps):
     """MAPPO's Huber loss: the worse of V and V clipped around its old value."""
     clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
-    loss = F.huber_loss(values, targets, reduction="none", delta=10.0)
-    clipped_loss = F.huber_loss(clipped, targets, reduction="none", delta=10.0)
-    return torch.max(loss, clipped_loss).mean()
+    losses = [F.huber_loss(v, targets, reduction="none", delta=10.0) for v in (values, clipped)]
+    return torch.max(*losses).mean()
 
 
 # ------ rollout and targets
@@ -622,6 +620,8 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         for name, rng in rngs.items():
             rng.set_state(saved["rngs"][name])
         progress = saved["progress"]
+        if progress["step"] >= args.total_timesteps:
+            print(f"at step {progress['step']:,}: done, until --total-timesteps is raised")
         # A PettingZoo environment cannot be stored: its games begin anew.
         if not args.env_id:
             envs.load_state_dict(saved["games"])
@@ -700,7 +700,7 @@ class Log:
             fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{folder} is in use") from None
-        # Rows after a resumed run's checkpoint will come again.
+        # Rows after the checkpoint will come again.
         self.csv.seek(self.csv.truncate(csv_size))
         text = json.dumps(asdict(args), indent=2)
         (folder / "args.json").write_text(text)
@@ -741,7 +741,7 @@ def load_checkpoint(folder, args_class=Args):
     """A run folder's checkpoint. UsageError if it is missing, damaged or foreign."""
     path = Path(folder, "checkpoint.pt")
     try:
-        # torch does not read the checksums that it writes.
+        # torch reads no checksums.
         damaged = zipfile.ZipFile(path).testzip()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if damaged or checkpoint["script"] != args_class.script:
