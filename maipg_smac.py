@@ -729,14 +729,15 @@ class SMAXEnvs:
     def __init__(self, args):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax
+
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/maipg"))
         import jax.numpy as jnp
-        from jaxmarl.environments import smax
+        from jaxmarl.environments import smax  # compiles
 
         maps = smax.smax_env.MAP_NAME_TO_SCENARIO
         if args.map_name not in maps:
             raise UsageError(f"--map-name {args.map_name}: one of {' '.join(maps)}")
         print("compiling SMAX", flush=True)
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/maipg"))
         env = smax.HeuristicEnemySMAX(scenario=maps[args.map_name])
 
         def stack(x):
@@ -749,7 +750,7 @@ class SMAXEnvs:
         def reset(seed):
             key, reset_key = jax.random.split(jax.random.PRNGKey(seed))
             obs, game = env.reset(reset_key)
-            # Strong types: else the step compiles twice.
+            # Strong types, or step compiles twice.
             game = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), game)
             return (key, game), look(obs, game)
 
