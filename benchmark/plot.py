@@ -170,7 +170,7 @@ def read(paths):
     for (folder, settings), name in zip(found.items(), names):
         tables.append(read_run(folder, settings | {"method": name}))
     if not tables:
-        raise FileNotFoundError(f"no run with all its steps, no CSV in {' '.join(map(str, paths))}")
+        raise FileNotFoundError(f"no finished run and no CSV in {' '.join(map(str, paths))}")
     mappo_first = lambda column: column.replace("^MAPPO", " MAPPO", regex=True)
     runs, curves = (pd.concat(x).sort_values(KEY, key=mappo_first) for x in zip(*tables))
     parts, keys = dict(iter(curves.groupby(KEY))), list(zip(*(runs[name] for name in KEY)))

@@ -506,18 +506,18 @@ def test_a_foreign_environment_trains_and_resumes(words, toy, capsys):
 
 
 def test_code_named_in_a_checkpoint_is_not_imported(toy, capsys):
-    (toy / "evil.py").write_text("open('touched', 'w')\nfrom toy_env import Toy\n")
+    (toy / "wicked.py").write_text("open('touched', 'w')\nfrom toy_env import Toy\n")
     assert run(RUN, f"--env-id toy_env:Toy --total-timesteps {2 * STEPS}") == 0
     (path,) = (toy / "runs").iterdir()
     saved = torch.load(path / "checkpoint.pt", weights_only=True)
-    saved["args"]["env_id"] = "evil:Toy"
+    saved["args"]["env_id"] = "wicked:Toy"
     torch.save(saved, path / "checkpoint.pt")
     more = f"--resume {path} --total-timesteps {4 * STEPS}"
     capsys.readouterr()
     for words in ("", "--env-id toy_env:Toy"):
         assert run(more, words) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "--env-id 'evil:Toy'" in error, error
-        assert not Path("touched").exists() and "evil" not in sys.modules
-    assert run(more, "--env-id evil:Toy") == 0  # at the user's word
+        assert error.count("\n") == 1 and "--env-id 'wicked:Toy'" in error, error
+        assert not Path("touched").exists() and "wicked" not in sys.modules
+    assert run(more, "--env-id wicked:Toy") == 0  # at the user's word
     assert Path("touched").exists()
