@@ -924,7 +924,7 @@ class PettingZooEnvs:
         # What who has left sees and can do.
         index = np.eye(len(self.agents), dtype=np.float32)
         self.obs = np.pad(index, ((0, 0), (spaces.flatdim(self.seen), 0)))
-        self.avail = np.zeros((len(index), spaces.flatdim(self.action)), dtype=bool)
+        self.avail = np.full((len(index), spaces.flatdim(self.action)), False)
         self.avail[:, 0] = not args.continuous
         env.close()
 

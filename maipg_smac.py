@@ -802,7 +802,7 @@ def play_sc2(pipe, map_name, seed):
         env.reset()
         while True:
             obs, state = np.float32(env.get_obs()), np.float32(env.get_state())
-            avail = np.array(env.get_avail_actions(), dtype=bool)
+            avail = np.array(env.get_avail_actions()) > 0
             # All dead at the start: smac could not restart the game.
             if avail[:, 0].all():
                 raise RuntimeError("the game did not restart")

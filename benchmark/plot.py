@@ -294,7 +294,8 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
         figure.set_layout_engine("constrained")
         for axis, (metric, scenario) in zip(axes.flat, product(metrics, scenarios)):
             part = curves[curves["scenario"] == scenario]
-            metric = metric or min(part["metric"], key=[*SCORES, *part["metric"]].index)
+            have = [*part["metric"].unique()]
+            metric = metric or next(m for m in SCORES + have if m in have)
             part = part[part["metric"] == metric]
             panel(axis, part, looks(dict.fromkeys(curves["method"])), x, style)
             rate = "scored" if scenario.startswith("academy_") else "greedy win rate"
@@ -315,7 +316,8 @@ def write(runs, curves, folder, name="figure", **drawing):
     """runs.csv, curves.csv, comparison.csv and a picture in a folder; the picture's path."""
     folder.mkdir(parents=True, exist_ok=True)
     for what, table in {"curves": curves, "runs": runs, "comparison": comparison(runs)}.items():
-        table.to_csv(folder / f"{what}.csv", index=False, float_format="%.6g")
+        table.to_csv(folder / f".{what}.csv", index=False, float_format="%.6g")
+        (folder / f".{what}.csv").replace(folder / f"{what}.csv")  # never half a table
     draw(curves, folder / f"{name}.png", **drawing)
     return folder / f"{name}.png"
 

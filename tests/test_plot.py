@@ -305,6 +305,9 @@ def test_the_picture(tmp_path, monkeypatch, style):
     else:  # two seeds have no interval
         assert 2 < band[0].get_extents().y0 < 4 and not narrow
     assert Image.open(tmp_path / "x.png").size[0] > 500
+    axes, _ = panels(monkeypatch, curves, path=tmp_path / "y.png")  # each scenario's own score
+    assert [axis.get_ylabel() for axis in axes] == ["scored", "greedy return"]
+    assert axes[1].lines[0].get_ydata().tolist() == [4, 5]
 
 
 def grid(place):
@@ -335,6 +338,20 @@ def test_tables_and_pictures(tmp_path):
         "figure.png",
         "runs.csv",
     ]
+
+
+def test_a_full_disk_leaves_the_old_tables(tmp_path, monkeypatch, capsys):
+    out, words = tmp_path / "out", [str(grid(tmp_path / "runs")), "--out", str(tmp_path / "out")]
+    assert plot.main(words) == 0
+    before = {path.name: path.read_bytes() for path in out.glob("*.csv")}
+
+    def half(table, path, **how):
+        path.write_text("scenario,meth")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", half)
+    assert plot.main(words) == 2 and "no space left" in capsys.readouterr().err
+    assert {name: (out / name).read_bytes() for name in before} == before
 
 
 def test_markdown(tmp_path, monkeypatch, capsys):

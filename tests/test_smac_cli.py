@@ -355,9 +355,11 @@ def test_same_seed_same_result_and_evaluation_does_not_matter(whole, tmp_path):
     assert {name.split("/")[1] for name in changed} == set(LEARNED)
 
 
-def test_resume_of_a_finished_run_changes_nothing_learned(fresh, whole):
+def test_resume_of_a_finished_run_changes_nothing_learned(fresh, whole, capfd):
     for _ in range(2):
         assert call(f"--resume={fresh}") == 0
+        said = f"at step {STEP:,}: done, until --total-timesteps is raised"
+        assert said in capfd.readouterr().out
     assert differing(fresh, whole("vdn", 1), *LEARNED, "progress") == []
     assert rows(fresh) == rows(whole("vdn", 1))
 

@@ -109,8 +109,8 @@ class StarCraft2Env:
         self._battle = battle.Battle(units(allies), units(enemies), self._rng)
         self._episode_steps = 0
         self.last_action = np.zeros((self.n_agents, self.n_actions))
-        self._dead_allies = np.zeros(self.n_agents, dtype=bool)  # whose death has been counted
-        self._dead_enemies = np.zeros(self.n_enemies, dtype=bool)
+        self._dead_allies = np.full(self.n_agents, False)  # whose death has been counted
+        self._dead_enemies = np.full(self.n_enemies, False)
         if self._episode_count == 0:  # the genuine quirk: grows again if the first episode is cut
             self.max_reward += float(self._battle.enemies.total.sum())
         if fault == "dead_reset":
