@@ -54,27 +54,24 @@ def losses_and_gradients(script, agent, buffer, now, args):
 def test_a_rollout_gives_the_cpus_losses_and_gradients(name, method):
     """Gumbel noise is left out: each device has its own generator."""
     script, results = SCRIPTS[name], {}
-    args = script.Args(device="cpu", **SMALL | OWN[name] | METHODS[method])
-    args = script.resolve(args)
+    args = script.resolve(script.Args(device="cpu", **SMALL | OWN[name] | METHODS[method]))
     torch.manual_seed(1)
     with contextlib.closing(getattr(script, GAMES[name])(args)) as envs:
         now, buffer = script.begin(envs, 1, args), {}
-        agent, start = script.Agent(now, args), None
-        start = moved(now, "cpu")
+        agent, start = script.Agent(now, args), moved(now, "cpu")
         explore = torch.Generator().manual_seed(1)
         script.rollout(agent.policy, envs, buffer, now, args.rollout_steps, explore)
-    hidden = {key: now[key] for key in ("policy_hidden",)}
     for device in ["cpu", "cuda"]:
         args.device = device
-        copy = script.Agent(moved(start, "cpu"), args)
+        copy = script.Agent(start, args)
         copy.load_state_dict(agent.state_dict())
-        then = moved(start | hidden, device)
-        parts = copy.to(device), moved(buffer, device), then, args
+        parts = copy.to(device), moved(buffer, device), moved(start, device), args
         results[device] = losses_and_gradients(script, *parts)
     assert results["cpu"].keys() == results["cuda"].keys()
     for key, x in results["cpu"].items():
-        scale = x.abs().max().clamp(min=1e-3)
-        assert (results["cuda"][key] - x).abs().max() < 2e-3 * scale, key
+        # A loss can be small by cancellation: the advantages have the mean 0.
+        scale = x.abs().max().clamp(min=0.1 if x.dim() == 0 else 1e-3)
+        assert (results["cuda"][key] - x).abs().max() < 5e-3 * scale, key
 
 
 @pytest.mark.parametrize("method", METHODS)
