@@ -11,10 +11,10 @@ against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
 r: ratio of new to old policy. A: advantage (`gae`), divided by its deviation sigma_A.
 mu(s): pi's probabilities, the mean of a sampled action; or, by --mu gumbel, a sample.
 
-    --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
-                          `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
     --critic compatible   Proposition 5: q_tot is linear in the policy's own features, fitted
                           to the team's A by least squares. q_scale = 1 / live agents.
+    --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
+                          `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
 
 Axes: T steps in a rollout, N games, n agents, A actions, O observation, S state, H hidden units;
 L steps in a chunk, B chunks in a minibatch. `global_step` counts environment steps.
@@ -75,11 +75,11 @@ class Args:
     resume: str = ""  # run folder to go on with
     # MAIPG
     nu: float = 0.5  # 0 is MAPPO
-    critic: Literal["paper", "compatible"] = "paper"  # where q_tot is from
+    critic: Literal["compatible", "paper"] = "compatible"  # where q_tot is from
     mu: Literal["expectation", "gumbel"] = "expectation"  # the action in q_tot
-    mixer: Literal["qmix", "vdn"] = "qmix"  # of the paper's critic
+    mixer: Literal["qmix", "vdn"] | None = None  # asks for the paper's critic; None: qmix
     q_scale: Literal["advantage", "raw"] = "advantage"  # paper's critic: as above, or 1
-    td_lambda: float = 0.8  # paper's critic: of the targets of q_tot
+    td_lambda: float = 0.8  # paper's critic: of its targets
     target_tau: float = 0.05  # paper's critic: target networks' step per epoch
     forgetting: float = 0.75  # compatible critic: weight of earlier rollouts
     ridge: float = 0.001  # compatible critic: regularisation per row
@@ -88,7 +88,7 @@ class Args:
     rollout_steps: int = 400  # steps per game between updates
     update_epochs: int = 15  # passes over a rollout
     critic_epochs: int | None = None  # passes of V; None: update_epochs
-    num_minibatches: int = 1  # minibatches per epoch
+    num_minibatches: int = 1  # per epoch
     chunk_length: int = 10  # steps of backpropagation through time
     hidden_dim: int = 64  # units per layer
     learning_rate: float = 5e-4  # of Adam
@@ -99,12 +99,15 @@ class Args:
     max_grad_norm: float = 10.0  # per network
     # evaluation and output
     eval_every: int = 400_000  # environment steps
-    eval_episodes: int = 100  # greedy episodes per evaluation
+    eval_episodes: int = 100  # greedy, per evaluation
     checkpoint_every: int = 5  # updates
-    runs_dir: str = "runs"  # where run folders are made
+    runs_dir: str = "runs"  # of run folders
     track: bool = False  # log to Weights & Biases too
     num_workers: int | None = None  # that play the games; None: one per CPU core
     game_timeout: float = 120.0  # seconds until a silent worker has failed
+
+    def __post_init__(self):
+        self.critic = "paper" if self.mixer else self.critic
 
 
 EVALUATION = dict.fromkeys(["eval/win_rate", "eval/episodic_return"], math.nan)
@@ -274,7 +277,7 @@ class Agent(nn.Module):
         if self.second == "paper":
             # A utility starts indifferent between actions.
             utility = Recurrent(obs_dim, dim, A, 0.01, state_dim)
-            mixer = Mixer(args.mixer, n, state_dim, dim)
+            mixer = Mixer(args.mixer or "qmix", n, state_dim, dim)
             self.q = nn.ModuleDict({"utility": utility, "mixer": mixer})
             self.target_q, self.q_norm = copy.deepcopy(self.q), ValueNorm()
         if self.second == "compatible":
@@ -509,7 +512,7 @@ def critic_loss(agent, batch, args):
 
 
 def update(agent, optimizer, batch, sigma_a, rngs, args):
-    """Passes over the batch; metrics, averaged over the minibatches."""
+    """Passes over the batch; metrics, averaged over them."""
     chunks, history = batch["obs"].shape[1], {}
     critic_epochs = args.critic_epochs or args.update_epochs
     for epoch in range(max(args.update_epochs, critic_epochs)):
@@ -579,7 +582,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         if progress["step"] >= args.total_timesteps:
             print(f"at step {progress['step']:,}: done, until --total-timesteps is raised")
     else:
-        second = {"none": "", "paper": f"__{args.mixer}", "compatible": "__compatible"}
+        second = {"none": "", "paper": f"__{args.mixer or 'qmix'}", "compatible": "__compatible"}
         name = f"{args.scenario}__{args.script}__nu{args.nu:g}{second[agent.second]}"
         folder = Path(args.runs_dir, f"{name}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
         folder.mkdir(parents=True)
@@ -673,7 +676,7 @@ class Log:
             wandb.init(project="maipg", id=folder.name, **config)
         self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
         self.writer.add_text("hyper-parameters", f"```\n{text}\n```")
-        print(f"run folder {folder}", flush=True)
+        print(f"on {args.device}: run folder {folder}", flush=True)
         often, end = (0.1, "") if sys.stderr.isatty() else (30, "\n")
         style = {"miniters": 1, "mininterval": often, "bar_format": "{l_bar}{bar:9}{r_bar}" + end}
         self.bar = tqdm(total=args.total_timesteps, initial=step, **style)

@@ -11,10 +11,10 @@ against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
 r: ratio of new to old policy. A: advantage (`gae`), divided by its deviation sigma_A.
 mu(s): pi's probabilities, the mean of a sampled action; or, by --mu gumbel, a sample.
 
-    --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
-                          `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
     --critic compatible   Proposition 5: q_tot is linear in the policy's own features, fitted
                           to the team's A by least squares. q_scale = 1 / live agents.
+    --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
+                          `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
 
 Axes: T steps in a rollout, N games, n agents, A actions, O observation, S state, H hidden units;
 L steps in a chunk, B chunks in a minibatch. `global_step` counts environment steps.
@@ -70,11 +70,11 @@ class Args:
     resume: str = ""  # run folder to go on with
     # MAIPG
     nu: float | None = None  # 0 is MAPPO; None: as in Table 3
-    critic: Literal["paper", "compatible"] = "paper"  # where q_tot is from
+    critic: Literal["compatible", "paper"] = "compatible"  # where q_tot is from
     mu: Literal["expectation", "gumbel"] = "expectation"  # the action in q_tot
-    mixer: Literal["qmix", "vdn"] = "qmix"  # of the paper's critic
+    mixer: Literal["qmix", "vdn"] | None = None  # asks for the paper's critic; None: qmix
     q_scale: Literal["advantage", "raw"] = "advantage"  # paper's critic: as above, or 1
-    td_lambda: float = 0.8  # paper's critic: of the targets of q_tot
+    td_lambda: float = 0.8  # paper's critic: of its targets
     target_tau: float = 0.05  # paper's critic: target networks' step per epoch
     forgetting: float = 0.75  # compatible critic: weight of earlier rollouts
     ridge: float = 0.001  # compatible critic: regularisation per row
@@ -83,7 +83,7 @@ class Args:
     rollout_steps: int = 400  # steps per game between updates
     update_epochs: int | None = None  # passes over a rollout; None: as in Table 3
     critic_epochs: int | None = None  # passes of V; None: update_epochs
-    num_minibatches: int = 1  # minibatches per epoch
+    num_minibatches: int = 1  # per epoch
     chunk_length: int = 10  # steps of backpropagation through time
     hidden_dim: int = 64  # units per layer
     learning_rate: float = 5e-4  # of Adam
@@ -94,11 +94,14 @@ class Args:
     max_grad_norm: float = 10.0  # per network
     # evaluation and output
     eval_every: int = 80_000  # environment steps
-    eval_episodes: int = 32  # greedy episodes per evaluation
+    eval_episodes: int = 32  # greedy, per evaluation
     checkpoint_every: int = 25  # updates
-    runs_dir: str = "runs"  # where run folders are made
+    runs_dir: str = "runs"  # of run folders
     track: bool = False  # log to Weights & Biases too
-    game_timeout: float = 120.0  # seconds until a silent game has failed
+    game_timeout: float = 120.0  # seconds until a silent game fails
+
+    def __post_init__(self):
+        self.critic = "paper" if self.mixer else self.critic
 
 
 EVALUATION = dict.fromkeys(["eval/win_rate", "eval/episodic_return"], math.nan)
@@ -120,15 +123,14 @@ def resolve(args):
         print(f"backend {args.backend}: {missing or 'StarCraft II is installed'}")
     if args.backend == "sc2" and missing:
         raise UsageError(f"--backend sc2: {missing}; run benchmark/install_sc2.sh")
-    table = {name: row[:2] for row in TABLE_3 for name in row[2].split()}
-    nu, epochs = table.get(args.map_name, (0.3, 10))
-    args.nu = nu if args.nu is None else args.nu
-    args.update_epochs = epochs if args.update_epochs is None else args.update_epochs
     for name, value in asdict(args).items():
         low = 1e-9 if name == "ridge" else int(type(value) is int and name not in ["nu", "seed"])
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
+    row = next((row for row in TABLE_3 if args.map_name in row[2].split()), (0.3, 10))
+    args.nu = row[0] if args.nu is None else args.nu
+    args.update_epochs = args.update_epochs or row[1]
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:
         raise UsageError("--chunk-length must divide --rollout-steps, and minibatches the chunks")
@@ -273,7 +275,7 @@ class Agent(nn.Module):
         if self.second == "paper":
             # A utility starts indifferent between actions.
             utility = Recurrent(obs_dim, dim, A, 0.01, state_dim)
-            mixer = Mixer(args.mixer, n, state_dim, dim)
+            mixer = Mixer(args.mixer or "qmix", n, state_dim, dim)
             self.q = nn.ModuleDict({"utility": utility, "mixer": mixer})
             self.target_q, self.q_norm = copy.deepcopy(self.q), ValueNorm()
         if self.second == "compatible":
@@ -508,7 +510,7 @@ def critic_loss(agent, batch, args):
 
 
 def update(agent, optimizer, batch, sigma_a, rngs, args):
-    """Passes over the batch; metrics, averaged over the minibatches."""
+    """Passes over the batch; metrics, averaged over them."""
     chunks, history = batch["obs"].shape[1], {}
     critic_epochs = args.critic_epochs or args.update_epochs
     for epoch in range(max(args.update_epochs, critic_epochs)):
@@ -581,7 +583,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
             envs.load_state_dict(saved["games"])
             now = {key: x.to(args.device) for key, x in saved["now"].items()}
     else:
-        second = {"none": "", "paper": f"__{args.mixer}", "compatible": "__compatible"}
+        second = {"none": "", "paper": f"__{args.mixer or 'qmix'}", "compatible": "__compatible"}
         name = f"{args.backend}-{args.map_name}__{args.script}__nu{args.nu:g}{second[agent.second]}"
         folder = Path(args.runs_dir, f"{name}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
         folder.mkdir(parents=True)
@@ -676,7 +678,7 @@ class Log:
             wandb.init(project="maipg", id=folder.name, **config)
         self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
         self.writer.add_text("hyper-parameters", f"```\n{text}\n```")
-        print(f"run folder {folder}", flush=True)
+        print(f"on {args.device}: run folder {folder}", flush=True)
         often, end = (0.1, "") if sys.stderr.isatty() else (30, "\n")
         style = {"miniters": 1, "mininterval": often, "bar_format": "{l_bar}{bar:9}{r_bar}" + end}
         self.bar = tqdm(total=args.total_timesteps, initial=step, **style)
@@ -737,7 +739,7 @@ class SMAXEnvs:
         maps = smax.smax_env.MAP_NAME_TO_SCENARIO
         if args.map_name not in maps:
             raise UsageError(f"--map-name {args.map_name}: one of {' '.join(maps)}")
-        print("compiling SMAX", flush=True)
+        print(f"compiling SMAX for {jax.default_backend()}", flush=True)
         env = smax.HeuristicEnemySMAX(scenario=maps[args.map_name])
 
         def stack(x):
@@ -764,8 +766,7 @@ class SMAXEnvs:
 
         self._reset, self._step = jax.jit(jax.vmap(reset)), jax.jit(jax.vmap(step))
         self.jax, self.args = jax, args
-        _, _, avail = self.reset(0)
-        self.step(avail.int().argmax(-1))  # compiles
+        self.step(self.reset(0)[2].int().argmax(-1))  # compiles
 
     def reset(self, seed):
         seeds = np.arange(self.args.num_envs, dtype=np.int32) * 1000 + seed
@@ -792,7 +793,7 @@ class SMAXEnvs:
 
 def play_sc2(pipe, map_name, seed):
     """One game in a process of its own, which ends on any fault. smac's reset() is called once
-    per episode: again, it would break it and, in the first one, scale all rewards down."""
+    per episode: again, it would break it, or scale all rewards down."""
     os.setsid()  # a group, to kill worker and game together
     from smac.env import StarCraft2Env
 
@@ -865,7 +866,7 @@ class SC2Envs:
 
 
 def what_sc2_lacks(map_name):
-    """What is missing to play the map, or an empty string."""
+    """What is missing to play the map, if anything."""
     home = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
     smac = find_spec("smac")
     if not smac or not Path(smac.submodule_search_locations[0], "env").is_dir():

@@ -91,7 +91,7 @@ def method_of(args, script):
     """How a run is called in figures and tables."""
     if not script.startswith("maipg"):
         return script.upper()
-    critic = "compatible" if args.get("critic") == "compatible" else args["mixer"]
+    critic = "compatible" if args.get("critic") == "compatible" else args["mixer"] or "qmix"
     sampled = " gumbel" if args.get("mu") == "gumbel" else ""  # expectation goes without saying
     return f"MAIPG {args['nu']:g} {critic}{sampled}" if args["nu"] else "MAPPO"
 

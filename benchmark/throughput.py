@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 GAMES = {"smax": "SMAXEnvs", "sc2": "SC2Envs", "mpe": "ParticleEnvs", "grf": "FootballEnvs"}
-METHODS = {"nu = 0": {"nu": 0}, "compatible": {"critic": "compatible"}, "paper": {}}
+METHODS = {"nu = 0": {"nu": 0}, "compatible": {}, "paper": {"critic": "paper"}}
 PEER = "JaxMARL's MAPPO"
 JAXMARL = {"rollout_steps": 128, "chunk_length": 16, "hidden_dim": 128}
 JAXMARL |= {"update_epochs": 4, "num_minibatches": 4}

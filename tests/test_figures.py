@@ -119,7 +119,7 @@ METHODS = {
     "fig7": {"MAPPO", "MAIPG 0.4 qmix", "HAPPO", "QMIX", "FACMAC"},
     "fig8": {"MAPPO", "MAIPG 0.4 qmix", "QMIX"},
     "fig5": {"MAPPO", "MAIPG 0.4 qmix", "MAIPG 0.4 vdn"},
-    "fig2": {"MAIPG 0.2 qmix", "MAIPG 0.2 vdn", "MAIPG 0.2 joint"},
+    "fig2": {"MAIPG 0.4 qmix", "MAIPG 0.4 vdn", "MAIPG 0.4 joint"},
     "fig4": {"MAPPO", "MAIPG 0.5 qmix"},
 }
 
@@ -154,7 +154,7 @@ def test_the_newcomers_command_from_another_folder(shared):
     how = {"capture_output": True, "text": True, "timeout": 280}
     answer = subprocess.run(command, cwd=shared, **how)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert_drawn(shared / "x", {"MAPPO", "MAIPG 0.2 qmix"})
+    assert_drawn(shared / "x", {"MAPPO", "MAIPG 0.4 qmix"})
 
 
 @pytest.mark.parametrize("name, files", [("fig1", "*.png"), ("table5", "*.csv")])

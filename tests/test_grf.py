@@ -287,19 +287,19 @@ def whole(tmp_path_factory):
 def test_run_folder(whole):
     table = rows(whole)
     assert [int(row["global_step"]) for row in table] == [STEP, 2 * STEP]
-    names = "losses/policy losses/critic losses/q losses/entropy diagnostics/sigma_a charts/SPS"
+    names = "losses/policy losses/critic losses/entropy diagnostics/sigma_a charts/SPS"
     for key in names.split():
         assert all(math.isfinite(float(row[key])) for row in table), key
     assert table[0]["eval/win_rate"] == "nan" and 0 <= float(table[1]["eval/win_rate"]) <= 1
-    assert whole.name.startswith("academy_empty_goal_close__maipg_grf__nu0.5__qmix__s1__")
+    assert whole.name.startswith("academy_empty_goal_close__maipg_grf__nu0.5__compatible__s1__")
     assert json.loads((whole / "args.json").read_text())["num_workers"] == 2
 
 
 VARIANTS = [
     ("--nu 0", False),
     ("--mixer vdn --mu gumbel", True),
-    ("--critic compatible", False),
-    ("--critic-epochs 4", True),
+    ("--critic paper", True),
+    ("--critic-epochs 4", False),
 ]
 
 

@@ -292,7 +292,7 @@ def test_every_nu_starts_from_the_same_weights_and_rollout(continuous, settings)
 
 def test_estimates_by_hand():
     """V(s) once a game; GAE and TD(lambda) over whole episodes, which time limits end."""
-    x = prepare(nu=0.5)
+    x = prepare(nu=0.5, critic="paper")
     batch, T, N = x.batch, 25, 4
     assert batch["values"].shape == (T, N, 1) and batch["advantages"].shape == (T, N, 1)
     r, done = x.buffer["reward"][:-1].double(), x.buffer["done"][:-1]
@@ -320,7 +320,7 @@ def test_returns_are_summed_from_an_episodes_first_step():
 @pytest.mark.parametrize("continuous", [False, True])
 def test_q_targets_look_at_the_next_states_greedy_action(continuous):
     """TD(lambda) of the target networks, which are still copies of the networks here."""
-    x = prepare(continuous=continuous, nu=0.5, td_lambda=0.7)
+    x = prepare(continuous=continuous, nu=0.5, critic="paper", td_lambda=0.7)
     b = x.buffer
     with torch.no_grad():
         # Hidden states go on from step to step; an episode has 25.
@@ -425,14 +425,14 @@ def whole(tmp_path_factory):
 
 def test_run_folder(whole):
     assert {"progress.csv", "args.json", "checkpoint.pt"} < set(os.listdir(whole))
-    assert whole.name.startswith("spread-3__maipg_mpe__nu0.2__qmix__s1__")
+    assert whole.name.startswith("spread-3__maipg_mpe__nu0.4__compatible__s1__")
     table = rows(whole)
     assert [int(row["global_step"]) for row in table] == [STEP * k for k in (1, 2, 3, 4)]
     evaluations = [float(row["eval/episodic_return"]) for row in table]
     assert [math.isnan(x) for x in evaluations] == [True, False, True, False]
-    names = "charts/episodic_return charts/SPS losses/policy losses/critic losses/q losses/entropy"
+    names = "charts/episodic_return charts/SPS losses/policy losses/critic losses/entropy"
     names += " diagnostics/sigma_a diagnostics/approx_kl diagnostics/clip_fraction"
-    names += " diagnostics/policy_grad_norm diagnostics/critic_grad_norm diagnostics/q_grad_norm"
+    names += " diagnostics/policy_grad_norm diagnostics/critic_grad_norm"
     names += " variance/corr variance/slope"
     for key in names.split():
         assert all(math.isfinite(float(row[key])) for row in table), key

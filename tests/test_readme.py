@@ -33,7 +33,7 @@ GRID = "python benchmark/launch.py --scenarios 2s3z 3m --nus 0 0.4"
 COMMANDS = {
     "python maipg_smac.py --map-name 2s3z --nu 0.4": SMAC,
     "python maipg_smac.py --map-name 2s3z --nu 0": SMAC,
-    "python maipg_smac.py --map-name 2s3z --nu 0.4 --critic compatible": SMAC,
+    "python maipg_smac.py --map-name 2s3z --nu 0.4 --mixer vdn": SMAC,
     "python maipg_smac.py --map-name 2s3z --nu 0.4 --critic paper --mu gumbel": SMAC,
     "python maipg_smac.py --resume RUN_DIR": "",
     "python maipg_smac.py --resume RUN_DIR --total-timesteps 20000000": "--total-timesteps 40",

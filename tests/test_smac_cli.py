@@ -33,8 +33,8 @@ TINY += " --eval-episodes 2 --update-epochs 2 --eval-every 80 --checkpoint-every
 STEP = 40  # environment steps of an update
 KINDS = {
     "mappo": "--nu 0",
-    "paper": "--nu 0.4 --mu gumbel",
-    "compatible": "--nu 0.4 --critic compatible",
+    "paper": "--nu 0.4 --critic paper --mu gumbel",
+    "compatible": "--nu 0.4",
     "vdn": "--nu 0.4 --mixer vdn",
 }
 LEARNED = ("agent", "optimizer", "rngs", "games", "now")  # of a checkpoint
@@ -270,6 +270,12 @@ def test_help_names_every_flag_and_map(capsys):
             assert (args.nu, args.update_epochs) == (nu, epochs)
     args = maipg.resolve(maipg.parse([*words, "--nu", "0", "--update-epochs", "7"]))
     assert (args.nu, args.update_epochs) == (0, 7)
+
+
+@pytest.mark.parametrize("words", ["", "--mixer qmix", "--mixer vdn", "--critic paper"])
+def test_a_mixer_asks_for_the_papers_critic(words):
+    args = maipg.resolve(maipg.parse(f"--backend smax {words}".split()))
+    assert args.critic == ("paper" if words else "compatible")
 
 
 # -------------------------------------------------------------------------------- what a run leaves

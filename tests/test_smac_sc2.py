@@ -217,7 +217,7 @@ def test_five_failures_in_a_row_then_resume_with_a_fault_in_the_evaluation(
     assert len(re.findall(r"^game 0: [^;].*; new games begin$", error, re.M)) == 5
     assert error.count("stand-in: raise") == 5
     (run,) = (standin / "runs").iterdir()
-    assert run.name.startswith("sc2-3m__maipg_smac__nu0.4__qmix__s3__")
+    assert run.name.startswith("sc2-3m__maipg_smac__nu0.4__compatible__s3__")
     saved = m.load_checkpoint(run)
     assert (saved["progress"]["step"], saved["progress"]["restarts"]) == (20, 5)
     assert len(progress(run)) == 1 and leftovers(standin, polite=False) == []

@@ -244,7 +244,7 @@ def total_variance(rows):
 
 @pytest.mark.parametrize("script", [smac, mpe])
 def test_traces_and_cosines(script):
-    run, now, played = measured(script)
+    run, now, played = measured(script, mixer="qmix")
     aim = torch.randn(sum(x.numel() for x in run.agent.policy.parameters()), generator=noise())
     ours = variance.mixtures(run, played, noise(9), [0.0, 0.6], aim)
     base = gradients_by_hand(run, now, played[0], 0.0)
@@ -541,7 +541,7 @@ def save_run(folder, script=mpe, **settings):
 
 def test_runs_of_particle_worlds(tmp_path, capsys):
     """Whole command line, twice the same; the CSV is what is printed; the runs are left alone."""
-    save_run(tmp_path / "qmix")
+    save_run(tmp_path / "qmix", mixer="qmix")
     save_run(tmp_path / "mappo", nu=0.0)
     before = {x: x.read_bytes() for x in tmp_path.rglob("*.pt")}
     words = [
