@@ -10,6 +10,7 @@ goal (football) or the return (particle worlds). Nothing is evaluated before tra
     area    mean over all evaluations of a run; they are evenly spaced
     final   mean over those in the last tenth of the steps; a dash if these are fewer than 3, or
             all evaluations fewer than 20
+    sampled mean return of the training episodes, over all updates: of the policy that explores
     gain    difference to MAPPO in the same scenario with the same other settings and about as many
             steps, seed by seed: mean over the seeds that both have
     ahead   in how many of these pairs the area is larger than MAPPO's
@@ -45,19 +46,22 @@ sys.path.insert(0, str(HERE.parent))
 from benchmark import launch  # noqa: E402
 
 KEY = ["scenario", "method", "seed"]
-RUN = [*KEY, *"steps hours final area commit machine command".split()]
+RUN = [*KEY, *"steps hours final area sampled commit machine command".split()]
 CURVE = [*KEY, *"metric global_step hours value".split()]
-TOLD = "scenario method seeds steps area final area_gain final_gain ahead hours commit".split()
+MEASURES = ["area", "final", "sampled"]
+TOLD = "scenario method seeds steps area final area_gain final_gain ahead".split()
+TOLD += "sampled sampled_gain hours commit".split()
 METRICS = {  # column of progress.csv -> metric; the first one that a run has is its score
     "eval/win_rate": "win rate",
     "eval/episodic_return": "return",
+    "charts/episodic_return": "sampled return",
     "variance/corr": "corr(A, Qc)",
     "variance/slope": "Cov(A, Qc) / Var(Qc)",
     "variance/r_var_pi": "R_Var, Q centred by the policy",
 }
 SCORES = ["win rate", "return"]
 TYPES = dict.fromkeys("method scenario metric commit machine command".split(), str)
-TYPES |= dict.fromkeys([*METRICS, *"charts/SPS hours value final area".split()], float)
+TYPES |= dict.fromkeys([*METRICS, *"charts/SPS hours value final area sampled".split()], float)
 TYPES |= dict.fromkeys(["seed", "steps", "global_step"], int)
 # Settings that MAPPO has not; and those of no effect on what is learned, or told elsewhere.
 SECOND = set("critic mu mixer q_scale td_lambda target_tau forgetting ridge".split())
@@ -180,6 +184,8 @@ def read(paths):
         if own["seed"].duplicated().any() or own["steps"].max() > 1.1 * own["steps"].min():
             raise ValueError(f"{method} on {scenario}: runs of one seed, or not equally long")
     runs[["final", "area"]] = [scores(parts[key], n) for key, n in zip(keys, runs["steps"])]
+    sampled = curves[curves["metric"] == "sampled return"].groupby(KEY)["value"].mean()
+    runs["sampled"] = sampled.reindex(keys).to_numpy()
     return runs, curves
 
 
@@ -222,19 +228,18 @@ def mappo_of(method, methods):
 
 def comparison(runs):
     """A row per scenario and method: area, final, and the gains over MAPPO."""
-    rows = []
+    rows, runs = [], runs.assign(sampled=runs.get("sampled", np.nan))
     for (scenario, method), own in runs.groupby(KEY[:2], sort=False):
         others = runs[(runs["scenario"] == scenario) & (runs["method"] != method)]
         mappo = others[others["method"] == mappo_of(method, set(others["method"]))]
         pairs = own.merge(mappo, on="seed", suffixes=("", "_mappo"))
         pairs = pairs[(pairs["steps"] / pairs["steps_mappo"] - 1).abs() < 0.1]
-        gain = pairs["area"] - pairs["area_mappo"]
+        gains = {name: pairs[name] - pairs[f"{name}_mappo"] for name in MEASURES}
         row = {"scenario": scenario, "method": method, "seeds": len(own)}
         row |= {"steps": own["steps"].min(), "hours": own["hours"].mean()}
-        row |= estimate("area", own["area"]) | estimate("final", own["final"])
-        row |= estimate("area_gain", gain)
-        row |= estimate("final_gain", pairs["final"] - pairs["final_mappo"])
-        row["ahead"] = f"{(gain > 0).sum()} of {len(gain)}" if len(gain) else ""
+        for name, gain in gains.items():
+            row |= estimate(name, own[name]) | estimate(f"{name}_gain", gain)
+        row["ahead"] = f"{(gains['area'] > 0).sum()} of {len(gain)}" if len(gain) else ""
         row["commit"] = " ".join(sorted(set(own["commit"].dropna())))
         rows.append(row)
     return pd.DataFrame(rows)
@@ -337,7 +342,7 @@ def markdown(folder, out):
         lines += [f"## [{path.parent.name}]({place}/README.md)", ""]
         lines += [f"![]({place}/{picture.name})\n" for picture in sorted(path.parent.glob("*.png"))]
         table = comparison(read_csv(path, [*KEY, "steps", "area"]).reindex(columns=RUN))
-        for name in ("area", "final", "area_gain", "final_gain"):
+        for name in [*MEASURES, *(f"{name}_gain" for name in MEASURES)]:
             table[name] = [cell(row, name) for row in table.to_dict("records")]
         table["steps"] = table["steps"].map("{:,}".format)
         table = table[TOLD].rename(columns=lambda name: name.replace("_", " "))

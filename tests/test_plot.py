@@ -226,6 +226,20 @@ def test_the_difference_is_paired_by_seed():
     assert row["area_low"] == pytest.approx(np.quantile(all_means(OURS[:5]), 0.025), abs=0.02)
 
 
+def test_the_sampled_return_is_a_mean_over_updates(tmp_path):
+    """Of all rows in which an episode ended; the difference is paired by seed."""
+    for seed, nu in itertools.product((1, 2), (0.0, 0.4)):
+        path = run_folder(tmp_path, seed, [0.5] * 3, nu=nu) / "progress.csv"
+        table = pd.read_csv(path)
+        table["charts/episodic_return"] = [math.nan, 1, 2, 3, 4, 5 + 5 * nu * seed]
+        table.to_csv(path, index=False)
+    runs, curves = plot.read([tmp_path])
+    table = plot.comparison(runs).set_index("method")
+    assert table["sampled"].tolist() == pytest.approx([3, 3.6])
+    assert table.loc["MAIPG 0.4 qmix", "sampled_gain"] == pytest.approx(0.6)
+    assert (curves["metric"] == "sampled return").sum() == 4 * 5
+
+
 def test_four_common_seeds_have_no_interval():
     table = plot.comparison(pair_table(4)).set_index("method")
     row = table.loc["MAIPG 0.4 qmix"]
