@@ -72,24 +72,24 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # a GPU if there is one
     threads: int = 1  # CPU threads of torch
     total_timesteps: int = 25_000_000  # environment steps
-    resume: str = ""  # run folder to go on with
+    resume: str = ""  # folder to go on with
     # MAIPG
     nu: float = 0.5  # 0 is MAPPO
-    critic: Literal["compatible", "paper"] = "compatible"  # where q_tot is from
+    critic: Literal["compatible", "paper"] | None = None  # None: paper if a mixer is named
     mu: Literal["expectation", "gumbel"] = "expectation"  # the action in q_tot
-    mixer: Literal["qmix", "vdn"] | None = None  # asks for the paper's critic; None: qmix
+    mixer: Literal["qmix", "vdn"] | None = None  # of the paper's critic; None: qmix
     q_scale: Literal["advantage", "raw"] = "advantage"  # paper's critic: as above, or 1
     td_lambda: float = 0.8  # paper's critic: of its targets
-    target_tau: float = 0.05  # paper's critic: target networks' step per epoch
-    forgetting: float = 0.75  # compatible critic: weight of earlier rollouts
+    target_tau: float = 0.05  # paper's critic: targets' step per epoch
+    forgetting: float = 0.75  # compatible critic: of earlier rollouts
     ridge: float = 0.001  # compatible critic: regularisation per row
     # MAPPO
     num_envs: int = 50  # parallel games
-    rollout_steps: int = 400  # steps per game between updates
+    rollout_steps: int = 400  # steps per game and update
     update_epochs: int = 15  # passes over a rollout
     critic_epochs: int | None = None  # passes of V; None: update_epochs
     num_minibatches: int = 1  # per epoch
-    chunk_length: int = 10  # steps of backpropagation through time
+    chunk_length: int = 10  # steps of backpropagation
     hidden_dim: int = 64  # units per layer
     learning_rate: float = 5e-4  # of Adam
     gamma: float = 0.99  # discount
@@ -107,7 +107,7 @@ class Args:
     game_timeout: float = 120.0  # seconds until a silent worker has failed
 
     def __post_init__(self):
-        self.critic = "paper" if self.mixer else self.critic
+        self.critic = self.critic or ("paper" if self.mixer else "compatible")
 
 
 EVALUATION = dict.fromkeys(["eval/win_rate", "eval/episodic_return"], math.nan)
@@ -133,6 +133,8 @@ def resolve(args):
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
+    if args.critic == "compatible" and (args.mixer, args.q_scale) != (None, "advantage"):
+        raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:
         raise UsageError("--chunk-length must divide --rollout-steps, and minibatches the chunks")
@@ -220,10 +222,10 @@ def hypernetwork(state_dim, dim, out_dim):
 
 
 class CompatibleCritic(nn.Module):
-    """q_tot = w . x with x = sum_i h_i (x) (onehot(a_i) - pi_i), h_i the policy's features and 1.
+    """q_tot = w . x with x = sum_i h_i ⊗ (onehot(a_i) - pi_i), h_i the policy's features and 1.
 
     x is the gradient of log pi by the policy's head: by Proposition 5, the w that minimises
-    E[(A - w . x)^2] gives it the true gradient. Old rollouts fade. Utilities are w^T h_i.
+    E[(A - w . x)^2] gives the head its true gradient. Old rollouts fade. Utilities are w^T h_i.
 
         G <- rho G + x^T x + ridge * rows * I,   b <- rho b + x^T A,   w = G^-1 b
     """
@@ -504,8 +506,7 @@ def policy_losses(agent, batch, sigma_a, rng, args):
 
 def critic_loss(agent, batch, args):
     """Loss of V. It counts the dead too, as in MAPPO's SMAC scripts. Updates v_norm."""
-    hidden = batch["critic_hidden"][0]
-    values, _ = agent.critic(batch["obs"], hidden, batch["keep"], batch["state"])
+    values, _ = agent.critic(batch["obs"], batch["critic_hidden"][0], batch["keep"], batch["state"])
     agent.v_norm.update(batch["returns"])
     targets = (batch["returns"] - agent.v_norm.mean) / agent.v_norm.std
     return value_loss(values.squeeze(-1), targets, batch["values"], args.clip_eps)
@@ -550,7 +551,7 @@ def descend(agent, optimizer, losses, args):
 
 # ------ training
 def with_retries(play, progress):
-    """play(attempt); after a GameError once more, in new games."""
+    """play(attempt); after a GameError again, in new games."""
     for attempt in range(5):
         try:
             return play(attempt)
@@ -566,7 +567,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
     now, buffer, rngs = begin(envs, args.seed, args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
-    # Runs that differ only in nu meet the same exploration.
+    # Runs of any nu explore alike.
     for k, name in enumerate(["explore", "gumbel", "shuffle"]):
         rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
     progress = {"step": 0, "restarts": 0, "csv_size": 0}
@@ -580,7 +581,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         # Games begin anew.
         progress = saved["progress"]
         if progress["step"] >= args.total_timesteps:
-            print(f"at step {progress['step']:,}: done, until --total-timesteps is raised")
+            print("done, until --total-timesteps is raised")
     else:
         second = {"none": "", "paper": f"__{args.mixer or 'qmix'}", "compatible": "__compatible"}
         name = f"{args.scenario}__{args.script}__nu{args.nu:g}{second[agent.second]}"
@@ -665,7 +666,7 @@ class Log:
             fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{folder} is in use") from None
-        # Rows after the checkpoint will come again.
+        # Later rows will come again.
         self.csv.seek(self.csv.truncate(csv_size))
         text = json.dumps(asdict(args), indent=2)
         (folder / "args.json").write_text(text)
@@ -856,7 +857,7 @@ def main(argv=None, args_class=Args, resolve=resolve, train=train):
         with contextlib.closing(FootballEnvs(args)) as envs:
             train(args, envs, stopped)
         return 128 + stopped[0] if stopped else 0
-    except (UsageError, GameError, FloatingPointError, OSError) as error:
+    except (UsageError, GameError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 

@@ -13,7 +13,8 @@ mu(s): pi's mean: its probabilities, or a Gaussian's mean; or, by --mu gumbel, a
 
     --critic compatible   Proposition 5: q_tot is linear in the policy's own features, fitted
                           to the team's A by least squares. q_scale = 1 / live agents.
-                          For continuous actions, Proposition 6.
+                          For continuous actions, Proposition 6 (but for the
+                          slope of the tanh of the mean).
     --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
                           `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
 
@@ -67,16 +68,16 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # a GPU if there is one
     threads: int = 1  # CPU threads of torch
     total_timesteps: int = 10_000_000  # environment steps
-    resume: str = ""  # run folder to go on with
+    resume: str = ""  # folder to go on with
     # MAIPG
     nu: float = 0.4  # 0 is MAPPO
-    critic: Literal["compatible", "paper"] = "compatible"  # where q_tot is from
+    critic: Literal["compatible", "paper"] | None = None  # None: paper if a mixer is named
     mu: Literal["expectation", "gumbel"] = "expectation"  # the discrete action in q_tot
-    mixer: Literal["qmix", "vdn", "joint"] | None = None  # asks for the paper's critic; None: qmix
+    mixer: Literal["qmix", "vdn", "joint"] | None = None  # of the paper's critic; None: qmix
     q_scale: Literal["advantage", "raw"] = "advantage"  # paper's critic: as above, or 1
     td_lambda: float = 0.8  # paper's critic: of its targets
-    target_tau: float = 0.05  # paper's critic: target networks' step per epoch
-    forgetting: float = 0.75  # compatible critic: weight of earlier rollouts
+    target_tau: float = 0.05  # paper's critic: targets' step per epoch
+    forgetting: float = 0.75  # compatible critic: of earlier rollouts
     ridge: float = 0.001  # compatible critic: regularisation per row
     # MAPPO
     num_envs: int = 128  # parallel games
@@ -84,7 +85,7 @@ class Args:
     update_epochs: int = 10  # passes over a rollout
     critic_epochs: int | None = None  # passes of V; None: update_epochs
     num_minibatches: int = 1  # per epoch
-    chunk_length: int = 25  # steps of backpropagation through time
+    chunk_length: int = 25  # steps of backpropagation
     hidden_dim: int = 64  # units per layer
     learning_rate: float = 7e-4  # of Adam
     gamma: float = 0.99  # discount
@@ -100,7 +101,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too
 
     def __post_init__(self):
-        self.critic = "paper" if self.mixer else self.critic
+        self.critic = self.critic or ("paper" if self.mixer else "compatible")
 
 
 EVALUATION = {"eval/episodic_return": math.nan}
@@ -121,6 +122,8 @@ def resolve(args):
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
+    if args.critic == "compatible" and (args.mixer, args.q_scale) != (None, "advantage"):
+        raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:
         raise UsageError("--chunk-length must divide --rollout-steps, and minibatches the chunks")
@@ -253,10 +256,10 @@ class ContinuousMixer(nn.Module):
 
 
 class CompatibleCritic(nn.Module):
-    """q_tot = w . x with x = sum_i h_i (x) (onehot(a_i) - pi_i), h_i the policy's features and 1.
+    """q_tot = w . x with x = sum_i h_i ⊗ (onehot(a_i) - pi_i), h_i the policy's features and 1.
 
     x is the gradient of log pi by the policy's head: by Proposition 5, the w that minimises
-    E[(A - w . x)^2] gives it the true gradient. Old rollouts fade. Utilities are w^T h_i.
+    E[(A - w . x)^2] gives the head its true gradient. Old rollouts fade. Utilities are w^T h_i.
 
         G <- rho G + x^T x + ridge * rows * I,   b <- rho b + x^T A,   w = G^-1 b
     """
@@ -560,8 +563,7 @@ def policy_losses(agent, batch, sigma_a, rng, args):
 
 def critic_loss(agent, batch, args):
     """Loss of V. It counts the dead too, as in MAPPO's SMAC scripts. Updates v_norm."""
-    hidden = batch["critic_hidden"][0]
-    values, _ = agent.critic(batch["obs"], hidden, batch["keep"], batch["state"])
+    values, _ = agent.critic(batch["obs"], batch["critic_hidden"][0], batch["keep"], batch["state"])
     agent.v_norm.update(batch["returns"])
     targets = (batch["returns"] - agent.v_norm.mean) / agent.v_norm.std
     return value_loss(values.squeeze(-1), targets, batch["values"], args.clip_eps)
@@ -611,7 +613,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
     now, buffer, rngs = begin(envs, args.seed, args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
-    # Runs that differ only in nu meet the same exploration.
+    # Runs of any nu explore alike.
     for k, name in enumerate(["explore", "gumbel", "shuffle"]):
         rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
     progress = {"step": 0, "csv_size": 0}
@@ -624,7 +626,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
             rng.set_state(saved["rngs"][name])
         progress = saved["progress"]
         if progress["step"] >= args.total_timesteps:
-            print(f"at step {progress['step']:,}: done, until --total-timesteps is raised")
+            print("done, until --total-timesteps is raised")
         # A PettingZoo environment cannot be stored: its games begin anew.
         if not args.env_id:
             envs.load_state_dict(saved["games"])
@@ -703,7 +705,7 @@ class Log:
             fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{folder} is in use") from None
-        # Rows after the checkpoint will come again.
+        # Later rows will come again.
         self.csv.seek(self.csv.truncate(csv_size))
         text = json.dumps(asdict(args), indent=2)
         (folder / "args.json").write_text(text)
@@ -1025,7 +1027,7 @@ def main(argv=None, args_class=Args, resolve=resolve, train=train):
         with contextlib.closing(envs_class(args)) as envs:
             train(args, envs, stopped)
         return 128 + stopped[0] if stopped else 0
-    except (UsageError, EnvError, FloatingPointError, OSError) as error:
+    except (UsageError, EnvError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 

@@ -50,7 +50,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ------ settings
-# The paper's (nu, update epochs, maps): simple, hard, super hard. Others: as hard ones.
+# The paper's (nu, update epochs) for SMAC's simple, hard, super hard maps. Others: hard.
 TABLE_3 = [
     (0.4, 5, "2m_vs_1z 2s_vs_1sc 2s3z 3m 3s_vs_3z 3s_vs_4z 3s5z 8m 1c3s5z 10m_vs_11m MMM"),
     (0.3, 10, "2c_vs_64zg 3s_vs_5z 5m_vs_6m 8m_vs_9m 25m so_many_baneling bane_vs_bane"),
@@ -62,29 +62,29 @@ TABLE_3 = [
 class Args:
     script: ClassVar[str] = Path(__file__).stem
     map_name: str = "2s3z"  # SMAC map, see above
-    backend: Literal["auto", "sc2", "smax"] = "auto"  # StarCraft II if it is there
+    backend: Literal["auto", "sc2", "smax"] = "auto"  # StarCraft II if there
     seed: int = 1  # of everything random
     device: Literal["auto", "cpu", "cuda"] = "auto"  # a GPU if there is one
     threads: int = 1  # CPU threads of torch
     total_timesteps: int = 10_000_000  # environment steps
-    resume: str = ""  # run folder to go on with
+    resume: str = ""  # folder to go on with
     # MAIPG
     nu: float | None = None  # 0 is MAPPO; None: as in Table 3
-    critic: Literal["compatible", "paper"] = "compatible"  # where q_tot is from
+    critic: Literal["compatible", "paper"] | None = None  # None: paper if a mixer is named
     mu: Literal["expectation", "gumbel"] = "expectation"  # the action in q_tot
-    mixer: Literal["qmix", "vdn"] | None = None  # asks for the paper's critic; None: qmix
+    mixer: Literal["qmix", "vdn"] | None = None  # of the paper's critic; None: qmix
     q_scale: Literal["advantage", "raw"] = "advantage"  # paper's critic: as above, or 1
     td_lambda: float = 0.8  # paper's critic: of its targets
-    target_tau: float = 0.05  # paper's critic: target networks' step per epoch
-    forgetting: float = 0.75  # compatible critic: weight of earlier rollouts
+    target_tau: float = 0.05  # paper's critic: targets' step per epoch
+    forgetting: float = 0.75  # compatible critic: of earlier rollouts
     ridge: float = 0.001  # compatible critic: regularisation per row
     # MAPPO
     num_envs: int = 8  # parallel games
-    rollout_steps: int = 400  # steps per game between updates
-    update_epochs: int | None = None  # passes over a rollout; None: as in Table 3
+    rollout_steps: int = 400  # steps per game and update
+    update_epochs: int | None = None  # passes; None: as in Table 3
     critic_epochs: int | None = None  # passes of V; None: update_epochs
     num_minibatches: int = 1  # per epoch
-    chunk_length: int = 10  # steps of backpropagation through time
+    chunk_length: int = 10  # steps of backpropagation
     hidden_dim: int = 64  # units per layer
     learning_rate: float = 5e-4  # of Adam
     gamma: float = 0.99  # discount
@@ -101,7 +101,7 @@ class Args:
     game_timeout: float = 120.0  # seconds until a silent game fails
 
     def __post_init__(self):
-        self.critic = "paper" if self.mixer else self.critic
+        self.critic = self.critic or ("paper" if self.mixer else "compatible")
 
 
 EVALUATION = dict.fromkeys(["eval/win_rate", "eval/episodic_return"], math.nan)
@@ -128,9 +128,11 @@ def resolve(args):
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
-    row = next((row for row in TABLE_3 if args.map_name in row[2].split()), (0.3, 10))
-    args.nu = row[0] if args.nu is None else args.nu
-    args.update_epochs = args.update_epochs or row[1]
+    nu, epochs = next((row[:2] for row in TABLE_3 if args.map_name in row[2].split()), (0.3, 10))
+    args.nu = nu if args.nu is None else args.nu
+    args.update_epochs = args.update_epochs or epochs
+    if args.critic == "compatible" and (args.mixer, args.q_scale) != (None, "advantage"):
+        raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:
         raise UsageError("--chunk-length must divide --rollout-steps, and minibatches the chunks")
@@ -218,10 +220,10 @@ def hypernetwork(state_dim, dim, out_dim):
 
 
 class CompatibleCritic(nn.Module):
-    """q_tot = w . x with x = sum_i h_i (x) (onehot(a_i) - pi_i), h_i the policy's features and 1.
+    """q_tot = w . x with x = sum_i h_i ⊗ (onehot(a_i) - pi_i), h_i the policy's features and 1.
 
     x is the gradient of log pi by the policy's head: by Proposition 5, the w that minimises
-    E[(A - w . x)^2] gives it the true gradient. Old rollouts fade. Utilities are w^T h_i.
+    E[(A - w . x)^2] gives the head its true gradient. Old rollouts fade. Utilities are w^T h_i.
 
         G <- rho G + x^T x + ridge * rows * I,   b <- rho b + x^T A,   w = G^-1 b
     """
@@ -502,8 +504,7 @@ def policy_losses(agent, batch, sigma_a, rng, args):
 
 def critic_loss(agent, batch, args):
     """Loss of V. It counts the dead too, as in MAPPO's SMAC scripts. Updates v_norm."""
-    hidden = batch["critic_hidden"][0]
-    values, _ = agent.critic(batch["obs"], hidden, batch["keep"], batch["state"])
+    values, _ = agent.critic(batch["obs"], batch["critic_hidden"][0], batch["keep"], batch["state"])
     agent.v_norm.update(batch["returns"])
     targets = (batch["returns"] - agent.v_norm.mean) / agent.v_norm.std
     return value_loss(values.squeeze(-1), targets, batch["values"], args.clip_eps)
@@ -548,7 +549,7 @@ def descend(agent, optimizer, losses, args):
 
 # ------ training
 def with_retries(play, progress):
-    """play(attempt); after a GameError once more, in new games."""
+    """play(attempt); after a GameError again, in new games."""
     for attempt in range(5):
         try:
             return play(attempt)
@@ -564,7 +565,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
     now, buffer, rngs = begin(envs, args.seed, args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
-    # Runs that differ only in nu meet the same exploration.
+    # Runs of any nu explore alike.
     for k, name in enumerate(["explore", "gumbel", "shuffle"]):
         rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
     progress = {"step": 0, "restarts": 0, "csv_size": 0}
@@ -577,7 +578,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
             rng.set_state(saved["rngs"][name])
         progress = saved["progress"]
         if progress["step"] >= args.total_timesteps:
-            print(f"at step {progress['step']:,}: done, until --total-timesteps is raised")
+            print("done, until --total-timesteps is raised")
         # Games of StarCraft II begin anew.
         if args.backend == "smax":
             envs.load_state_dict(saved["games"])
@@ -602,7 +603,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         rollout(agent.policy, envs, buffer, now, args.rollout_steps, rngs["explore"])
 
     def judge(attempt):
-        seed = 10**9 + args.seed + progress["step"] + attempt
+        seed = 10**8 + args.seed + progress["step"] + attempt
         with contextlib.closing(copy.copy(envs)) as games:
             return evaluate(agent.policy, games, seed, args, stopped)
 
@@ -667,7 +668,7 @@ class Log:
             fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{folder} is in use") from None
-        # Rows after the checkpoint will come again.
+        # Later rows will come again.
         self.csv.seek(self.csv.truncate(csv_size))
         text = json.dumps(asdict(args), indent=2)
         (folder / "args.json").write_text(text)
@@ -756,10 +757,9 @@ class SMAXEnvs:
             game = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), game)
             return (key, game), look(obs, game)
 
-        def step(state, actions):
+        def step(state, moves):
             key, step_key = jax.random.split(state[0])
-            actions = dict(zip(env.agents, actions))
-            obs, game, reward, done, _ = env.step(step_key, state[1], actions)
+            obs, game, reward, done, _ = env.step(step_key, state[1], dict(zip(env.agents, moves)))
             # 1 and more only for a victory.
             reward = reward[env.agents[0]]
             return (key, game), (*look(obs, game), reward, done["__all__"], reward >= 1.0)
@@ -788,7 +788,7 @@ class SMAXEnvs:
         self.games = self.jax.tree.unflatten(self.jax.tree.structure(self.games), leaves)
 
     def close(self):
-        """There are no processes."""
+        """No processes."""
 
 
 def play_sc2(pipe, map_name, seed):

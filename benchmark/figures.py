@@ -40,10 +40,10 @@ SETTINGS = {
     ("ablation", "cpu"): ("2s3z", (0.3, 0.5), 3, f"--total-timesteps 500000 {SMAX} 20000"),
     ("ablation", "paper"): ("2s3z corridor", (0.3, 0.5), 10, ""),
     ("spread", "cpu"): ("spread", None, 3, "--total-timesteps 300000 --eval-every 30000"),
-    ("spread", "paper"): ("spread", None, 10, ""),
+    ("spread", "paper"): ("spread", (0.05,), 10, ""),
     ("mpe", "smoke"): ("spread", None, 1, f"{TINY} 50 --update-epochs 1 --eval-every 25"),
     ("mpe", "cpu"): (WORLDS, None, 3, "--total-timesteps 300000 --eval-every 30000"),
-    ("mpe", "paper"): (WORLDS, None, 10, ""),
+    ("mpe", "paper"): (WORLDS, (0.05,), 10, ""),
     ("grf", "smoke"): ("academy_empty_goal_close", None, 1, f"{TINY} 40 --rollout-steps 20"),
     ("grf", "cpu"): (SHOOT, None, 1, f"--total-timesteps 200000 {GRF}"),
     ("grf", "paper"): (ACADEMY, None, 10, ""),
@@ -101,6 +101,8 @@ def make_runs(args):
             grid.script, grid.seeds = f"benchmark/baselines/{method.lower()}.py", seeds[:5]
         else:
             grid.nus, grid.mixers = nus, (method,)
+            if args.scale == "paper":
+                grid.flags += ("--mu", "gumbel", *(["--q-scale", "raw"] * (script == "mpe")))
         runs += launch.make_runs(grid)
     return runs, grid
 

@@ -193,10 +193,10 @@ def make_runs(grid):
             words, name = [*words, "--nu", f"{nu:.12g}"], f"{name}__nu{nu:g}"
         if mixer and nu != 0:
             words, name = [*words, "--mixer", mixer], f"{name}__{mixer}"
-        # Any other setting makes another name; the order of the flags does not.
+        # Any other setting, or default, makes another name; the order of the flags does not.
         settings = tyro.cli(type(default), args=[*words, *grid.flags], prog=script)
-        differ = sorted(vars(settings).items() - vars(default).items())
-        mark = hashlib.sha256(repr((script, differ)).encode()).hexdigest()[:8]
+        values = sorted(vars(settings).items())
+        mark = hashlib.sha256(repr((script, values)).encode()).hexdigest()[:8]
         for seed in grid.seeds:
             folder = grid.out.resolve() / f"{name}__s{seed}__{mark}"
             own = (*words, "--seed", str(seed), *grid.flags)

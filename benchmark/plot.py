@@ -263,7 +263,8 @@ def looks(methods):
     for method in methods:
         short = method.split(",")[0]
         nu = re.search(r" (\d+\.?\d*)", short)
-        hue = dict(zip(KINDS, HUES)).get(short.replace(nu[0], "") if nu else short, "#8C8C8C")
+        kind, hues = short.replace(nu[0], "") if nu else short, dict(zip(KINDS, HUES))
+        hue = hues.get(kind, hues.get(kind.removesuffix(" gumbel"), "#8C8C8C"))
         alike = [look for look in result.values() if look["color"][0] == hue]
         colour = (hue, min(1.0, 0.5 + float(nu[1])) if nu else 1.0)
         result[method] = {"color": colour, "ls": LINES[len(alike) % len(LINES)]}

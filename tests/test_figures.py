@@ -54,7 +54,10 @@ def test_the_papers_grid(tmp_path):
     settings = {(words.split()[3], "vdn" in words) for words in runs}
     # nu = 0 has no mixer
     assert settings == {("0", False)} | {(nu, m) for nu in ("0.3", "0.5") for m in (True, False)}
-    assert len(runs) == 2 * 5 * 10
+    assert len(runs) == 2 * 5 * 10 and all(("gumbel" in x) == ("--mixer" in x) for x in runs)
+    worlds = [x for run in runs_of("fig6", "paper", tmp_path) if "--mixer" in (x := run.words)]
+    assert len(worlds) == 30
+    assert all(" ".join(x).endswith("--mu gumbel --q-scale raw") and "0.05" in x for x in worlds)
 
 
 def test_the_papers_grid_says_what_it_costs_and_waits(tmp_path, capsys):
