@@ -11,8 +11,8 @@ against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
 r: ratio of new to old policy. A: advantage (`gae`), divided by its deviation sigma_A.
 mu(s): pi's probabilities, the mean of a sampled action; or, by --mu gumbel, a sample.
 
-    --critic compatible   Proposition 5: q_tot is linear in the policy's own features, fitted
-                          to the team's A by least squares. q_scale = 1 / live agents.
+    --critic compatible   The default, Proposition 5: q_tot is linear in the policy's own features,
+                          fitted to the team's A by least squares. q_scale = 1 / live agents.
     --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
                           `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
 
@@ -99,7 +99,7 @@ class Args:
     max_grad_norm: float = 10.0  # per network
     # evaluation and output
     eval_every: int = 400_000  # environment steps
-    eval_episodes: int = 100  # greedy, per evaluation
+    eval_episodes: int = 100  # greedy ones
     checkpoint_every: int = 5  # updates
     runs_dir: str = "runs"  # of run folders
     track: bool = False  # log to Weights & Biases too
@@ -658,7 +658,7 @@ def evaluate(policy, envs, seed, args, stopped=()):
 
 # ------ log and checkpoint
 class Log:
-    """TensorBoard, progress.csv, a progress bar (off a terminal, a line every 30 s)."""
+    """TensorBoard, progress.csv, a progress bar (elsewhere a line every 30 s)."""
 
     def __init__(self, folder, args, step, csv_size):
         self.csv = open(folder / "progress.csv", "a", buffering=1)
