@@ -58,8 +58,8 @@ COMMANDS = {
     "python benchmark/variance.py RUN_DIR --truth": "--rollouts 2 --copies 2",
     "python benchmark/matrix_variance.py": "--num-games 2 --seeds 2 --critic-steps 2 --out-dir m",
     "python benchmark/throughput.py": "--scripts mpe --smoke --rounds 2",
-    "python benchmark/launch.py --seeds 1 2 3 4 5 --nus 0 0.4 -- --backend smax --critic compatible"
-    " --learning-rate 0.001 --total-timesteps 300000 --eval-every 20000": "",
+    "python benchmark/launch.py --seeds 1 2 3 4 5 --nus 0 0.4 -- --backend smax"
+    " --learning-rate 0.002 --total-timesteps 300000 --eval-every 10000": "",
     f"{GRID} --out runs/grid -- --total-timesteps 300000": "",
     f"{GRID} --seeds 1 2 3 --out runs/grid -- --total-timesteps 1000000": "",
     "python benchmark/plot.py runs/grid": "--out results",
