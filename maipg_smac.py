@@ -603,7 +603,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         rollout(agent.policy, envs, buffer, now, args.rollout_steps, rngs["explore"])
 
     def judge(attempt):
-        seed = 10**8 + args.seed + progress["step"] + attempt
+        seed = 10**9 + args.seed + progress["step"] + attempt
         with contextlib.closing(copy.copy(envs)) as games:
             return evaluate(agent.policy, games, seed, args, stopped)
 

@@ -361,6 +361,7 @@ BAD = [
     ("--nu nan", "nu"),
     ("--mixer sum", "sum"),
     ("--critic none", "none"),
+    ("--critic compatible --mixer vdn", "only with --critic paper"),
     ("--chunk-length 7", "chunk-length"),
     ("--num-minibatches 5", "minibatches"),
     ("--update-epochs 0", "update_epochs"),
