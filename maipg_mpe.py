@@ -95,7 +95,7 @@ class Args:
     max_grad_norm: float = 10.0  # per network
     # evaluation and output
     eval_every: int = 80_000  # environment steps
-    eval_episodes: int = 128  # greedy ones
+    eval_episodes: int = 128  # greedy
     checkpoint_every: int = 25  # updates
     runs_dir: str = "runs"  # of run folders
     track: bool = False  # log to Weights & Biases too
@@ -122,7 +122,7 @@ def resolve(args):
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
-    if args.critic == "compatible" and (args.mixer, args.q_scale) != (None, "advantage"):
+    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "qmix", "advantage"}:
         raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:

@@ -94,7 +94,7 @@ class Args:
     max_grad_norm: float = 10.0  # per network
     # evaluation and output
     eval_every: int = 80_000  # environment steps
-    eval_episodes: int = 32  # greedy ones
+    eval_episodes: int = 32  # greedy
     checkpoint_every: int = 25  # updates
     runs_dir: str = "runs"  # of run folders
     track: bool = False  # log to Weights & Biases too
@@ -131,7 +131,7 @@ def resolve(args):
     nu, epochs = next((row[:2] for row in TABLE_3 if args.map_name in row[2].split()), (0.3, 10))
     args.nu = nu if args.nu is None else args.nu
     args.update_epochs = args.update_epochs or epochs
-    if args.critic == "compatible" and (args.mixer, args.q_scale) != (None, "advantage"):
+    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "qmix", "advantage"}:
         raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:
