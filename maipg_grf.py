@@ -81,8 +81,8 @@ class Args:
     q_scale: Literal["advantage", "raw"] = "advantage"  # paper's critic: as above, or 1
     td_lambda: float = 0.8  # paper's critic: of its targets
     target_tau: float = 0.05  # paper's critic: targets' step per epoch
-    forgetting: float = 0.75  # compatible critic: of earlier rollouts
-    ridge: float = 0.001  # compatible critic: regularisation per row
+    forgetting: float = 0.75  # compatible: weight of earlier rollouts
+    ridge: float = 0.001  # compatible: regularisation per row
     # MAPPO
     num_envs: int = 50  # parallel games
     rollout_steps: int = 400  # steps per game and update
@@ -99,7 +99,7 @@ class Args:
     max_grad_norm: float = 10.0  # per network
     # evaluation and output
     eval_every: int = 400_000  # environment steps
-    eval_episodes: int = 100  # greedy
+    eval_episodes: int = 100  # greedy ones
     checkpoint_every: int = 5  # updates
     runs_dir: str = "runs"  # of run folders
     track: bool = False  # log to Weights & Biases too

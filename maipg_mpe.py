@@ -77,8 +77,8 @@ class Args:
     q_scale: Literal["advantage", "raw"] = "advantage"  # paper's critic: as above, or 1
     td_lambda: float = 0.8  # paper's critic: of its targets
     target_tau: float = 0.05  # paper's critic: targets' step per epoch
-    forgetting: float = 0.75  # compatible critic: of earlier rollouts
-    ridge: float = 0.001  # compatible critic: regularisation per row
+    forgetting: float = 0.75  # compatible: weight of earlier rollouts
+    ridge: float = 0.001  # compatible: regularisation per row
     # MAPPO
     num_envs: int = 128  # parallel games
     rollout_steps: int = 25  # steps per game between updates; an episode of the worlds has 25
@@ -95,7 +95,7 @@ class Args:
     max_grad_norm: float = 10.0  # per network
     # evaluation and output
     eval_every: int = 80_000  # environment steps
-    eval_episodes: int = 128  # greedy
+    eval_episodes: int = 128  # greedy ones
     checkpoint_every: int = 25  # updates
     runs_dir: str = "runs"  # of run folders
     track: bool = False  # log to Weights & Biases too
