@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import maipg_smac
 from benchmark import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +108,18 @@ def test_a_name_for_every_setting():
         assert grid(*words)[0].folder.name == names[4]
         assert grid(*words)[0].words[-len(words) :] == tuple(words)  # as typed
     assert grid(cores=2)[0].folder.name == names[0]  # goes on with more threads
+
+
+def test_a_changed_default_is_another_name(monkeypatch):
+    """Runs of another meaning are not gone on with."""
+    name = grid(script="maipg_smac.py")[0].folder.name
+
+    @dataclass
+    class Changed(maipg_smac.Args):
+        ridge: float = 0.1
+
+    monkeypatch.setattr(maipg_smac, "Args", Changed)
+    assert grid(script="maipg_smac.py")[0].folder.name != name
 
 
 def test_finished_is_what_has_all_its_steps(tmp_path):
