@@ -775,14 +775,16 @@ def play_football(pipe, scenario, count, seed):
 
 
 class FootballEnvs:
-    """Google Research Football, N games in a few spawned processes."""
+    """Google Research Football, N games in a few processes."""
 
     def __init__(self, args):
         self.args, self.workers = args, {}
 
     def reset(self, seed):
         self.workers = {}
-        context = multiprocessing.get_context("spawn")
+        # Torch is imported once for all.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.utils.tensorboard"])
         for k, games in enumerate(np.array_split(range(self.args.num_envs), self.args.num_workers)):
             pipe, theirs = context.Pipe()
             config = (theirs, self.args.scenario, len(games), seed + 1000 * k)

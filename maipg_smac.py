@@ -50,7 +50,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ------ settings
-# The paper's (nu, update epochs) for SMAC's simple, hard, super hard maps. Others: hard.
+# The paper's (nu, epochs) for SMAC's simple, hard, super hard maps. Others: hard.
 TABLE_3 = [
     (0.4, 5, "2m_vs_1z 2s_vs_1sc 2s3z 3m 3s_vs_3z 3s_vs_4z 3s5z 8m 1c3s5z 10m_vs_11m MMM"),
     (0.3, 10, "2c_vs_64zg 3s_vs_5z 5m_vs_6m 8m_vs_9m 25m so_many_baneling bane_vs_bane"),
@@ -579,7 +579,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         progress = saved["progress"]
         if progress["step"] >= args.total_timesteps:
             print("done, until --total-timesteps is raised")
-        # Games of StarCraft II begin anew.
+        # StarCraft II begins anew.
         if args.backend == "smax":
             envs.load_state_dict(saved["games"])
             now = {key: x.to(args.device) for key, x in saved["now"].items()}
@@ -760,7 +760,7 @@ class SMAXEnvs:
         def step(state, moves):
             key, step_key = jax.random.split(state[0])
             obs, game, reward, done, _ = env.step(step_key, state[1], dict(zip(env.agents, moves)))
-            # 1 and more only for a victory.
+            # From 1 on: victory.
             reward = reward[env.agents[0]]
             return (key, game), (*look(obs, game), reward, done["__all__"], reward >= 1.0)
 
@@ -769,8 +769,7 @@ class SMAXEnvs:
         self.step(self.reset(0)[2].int().argmax(-1))  # compiles
 
     def reset(self, seed):
-        seeds = np.arange(self.args.num_envs, dtype=np.int32) * 1000 + seed
-        self.games, seen = self._reset(seeds)
+        self.games, seen = self._reset(np.arange(self.args.num_envs, dtype=np.int32) * 1000 + seed)
         return self._torch(seen)
 
     def step(self, actions):
@@ -793,8 +792,8 @@ class SMAXEnvs:
 
 def play_sc2(pipe, map_name, seed):
     """One game in a process of its own, which ends on any fault. smac's reset() is called once
-    per episode: again, it would break it, or scale all rewards down."""
-    os.setsid()  # a group, to kill worker and game together
+    per episode: again, it would break or scale rewards down."""
+    os.setsid()  # to kill worker and game together
     from smac.env import StarCraft2Env
 
     game, reward, done, won = StarCraft2Env(map_name, seed=seed), 0.0, False, False
@@ -804,12 +803,12 @@ def play_sc2(pipe, map_name, seed):
         while True:
             obs, state = np.float32(env.get_obs()), np.float32(env.get_state())
             avail = np.array(env.get_avail_actions()) > 0
-            # All dead at the start: smac could not restart the game.
+            # All dead: smac could not restart the game.
             if avail[:, 0].all():
                 raise RuntimeError("the game did not restart")
             pipe.send((obs, state, avail, np.float32(reward), done, won))
             reward, done, info = env.step(pipe.recv())
-            # smac's answer to a crash: (0, True, {}).
+            # smac's answer to a crash.
             if not info:
                 raise RuntimeError("the game crashed")
             won = info["battle_won"]
@@ -818,14 +817,16 @@ def play_sc2(pipe, map_name, seed):
 
 
 class SC2Envs:
-    """StarCraft II by oxwhirl's smac, N games in a spawned process each."""
+    """StarCraft II by oxwhirl's smac, N games in a process each."""
 
     def __init__(self, args):
         self.args, self.workers = args, {}
 
     def reset(self, seed):
         self.workers = {}
-        context = multiprocessing.get_context("spawn")
+        # Torch is imported once for all.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.utils.tensorboard"])
         for k in range(self.args.num_envs):
             pipe, theirs = context.Pipe()
             config = (theirs, self.args.map_name, seed + 1000 * k)
@@ -856,7 +857,7 @@ class SC2Envs:
         return torch.cat([obs, index], -1), *others
 
     def close(self):
-        """The workers end with their pipes; what is left of a group is killed."""
+        """Workers end with their pipes; what is left of a group is killed."""
         for pipe in self.workers:
             pipe.close()
         for worker in self.workers.values():
@@ -866,7 +867,7 @@ class SC2Envs:
 
 
 def what_sc2_lacks(map_name):
-    """What is missing to play the map, if anything."""
+    """What is missing to play the map."""
     home = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
     smac = find_spec("smac")
     if not smac or not Path(smac.submodule_search_locations[0], "env").is_dir():

@@ -1,6 +1,5 @@
 """Every command of README.md and benchmark/README.md is run, as cheaply as it can be."""
 
-import copy
 import importlib
 import re
 import shutil
@@ -94,20 +93,11 @@ def test_every_command_has_its_test():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with what the commands want; SMAX is compiled once for each map."""
-    folder, genuine, made = tmp_path_factory.mktemp("readme"), smac.SMAXEnvs, {}
-
-    def games(args):
-        key = args.map_name, args.num_envs
-        made[key] = made.get(key) or genuine(args)
-        envs = copy.copy(made[key])
-        envs.args = args
-        return envs
-
+def place(tmp_path_factory, compiled_once):
+    """A folder with what the commands want."""
+    folder = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(smac, "SMAXEnvs", games)
         np.save("payoff.npy", np.random.default_rng(0).random((3, 3)))
         assert smac.main(f"{SMAC} --map-name 3m --runs-dir smac".split()) == 0
         assert mpe.main(f"{WORLDS} --runs-dir mpe".split()) == 0
