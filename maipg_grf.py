@@ -1,7 +1,7 @@
 """MAIPG on Google Research Football: Multi-Agent Interpolated Policy Gradients, in one file.
 
 MAPPO's policy gradient rests on sampled joint actions: little bias, but noisy. MAIPG mixes in a
-quieter one through a factorised critic q_tot, differentiated by the actions. nu trades bias
+quieter one through a factorised critic q_tot, differentiated in the actions. nu trades bias
 against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
 
     (1 - nu) * mean[min(r A, clip(r, 1 - eps, 1 + eps) A)]   `stochastic_pg_loss`      Eq. (3), (10)
@@ -133,7 +133,7 @@ def resolve(args):
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
-    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "qmix", "advantage"}:
+    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "advantage"}:
         raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:
@@ -224,7 +224,7 @@ def hypernetwork(state_dim, dim, out_dim):
 class CompatibleCritic(nn.Module):
     """q_tot = w . x with x = sum_i h_i ⊗ (onehot(a_i) - pi_i), h_i the policy's features and 1.
 
-    x is the gradient of log pi by the policy's head: by Proposition 5, the w that minimises
+    x is the gradient of log pi in the policy's head: by Proposition 5, the w that minimises
     E[(A - w . x)^2] gives the head its true gradient. Old rollouts fade. Utilities are w^T h_i.
 
         G <- rho G + x^T x + ridge * rows * I,   b <- rho b + x^T A,   w = G^-1 b
@@ -439,7 +439,7 @@ def estimate(agent, buffer, now, args):
         q = mixer(utilities[:-1], batch["actions"], weights) - mixer(utilities[:-1], pi, weights)
         batch["utility_hidden"], q = hidden, q * agent.q_norm.std / (sigma_a + 1e-5)
 
-    # Q of Proposition 5: least squares on what the policy has acted on, and 1.
+    # Q of Proposition 5: least squares on the policy's last features, and 1.
     if agent.second == "compatible":
         features = F.pad(agent.policy.norm(buffer["policy_hidden"][1:]), (0, 1), value=1)
         scores = batch["actions"] - pi  # 0 for the dead
@@ -447,7 +447,7 @@ def estimate(agent, buffer, now, args):
         agent.compatible.fit(features, scores, team)
         batch["utilities"] = features @ agent.compatible.weights * alive.unsqueeze(-1)
 
-    # How q_tot(s, a) - q_tot(s, pi), fitted to other rollouts, tells A; the ideal slope is 1.
+    # How well q_tot(s, a) - q_tot(s, pi), fitted earlier, predicts A; the ideal slope is 1.
     metrics = {"diagnostics/sigma_a": sigma_a}
     if agent.second != "none":
         cov = torch.cov(torch.stack([team.flatten(), q.flatten()]))
@@ -473,7 +473,7 @@ def policy_losses(agent, batch, sigma_a, rng, args):
     log_ratio = (log_pi * actions).sum(-1) - batch["log_probs"]
     policy_loss = stochastic_pg_loss(log_ratio, batch["advantages"], alive, args.clip_eps)
 
-    # Second gradient: q_tot at mu, per live agent and in A's unit as the first one.
+    # Second gradient: q_tot at mu, per live agent and in A's unit, like the first.
     mu, q_scale = log_pi.exp(), 1 / alive.sum(-1).mean()
     if args.mu == "gumbel" and args.nu > 0:
         mu = gumbel_softmax(log_pi, rng)
@@ -782,14 +782,15 @@ class FootballEnvs:
 
     def reset(self, seed):
         self.workers = {}
-        # Torch is imported once for all.
+        # A server imports torch once, and forks the workers.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.utils.tensorboard"])
         for k, games in enumerate(np.array_split(range(self.args.num_envs), self.args.num_workers)):
             pipe, theirs = context.Pipe()
             config = (theirs, self.args.scenario, len(games), seed + 1000 * k)
-            self.workers[pipe] = context.Process(target=play_football, args=config)
-            self.workers[pipe].start()
+            worker = context.Process(target=play_football, args=config)
+            worker.start()  # EOFError: the server has ended
+            self.workers[pipe] = worker
             theirs.close()
         return self._receive(timeout=300.0)[:3]  # a launch is slow
 
@@ -859,7 +860,7 @@ def main(argv=None, args_class=Args, resolve=resolve, train=train):
         with contextlib.closing(FootballEnvs(args)) as envs:
             train(args, envs, stopped)
         return 128 + stopped[0] if stopped else 0
-    except (UsageError, GameError, FloatingPointError, ImportError, OSError) as error:
+    except (UsageError, GameError, FloatingPointError, ImportError, OSError, EOFError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 

@@ -1,7 +1,7 @@
 """MAIPG on particle worlds: Multi-Agent Interpolated Policy Gradients, in one file.
 
 MAPPO's policy gradient rests on sampled joint actions: little bias, but noisy. MAIPG mixes in a
-quieter one through a factorised critic q_tot, differentiated by the actions. nu trades bias
+quieter one through a factorised critic q_tot, differentiated in the actions. nu trades bias
 against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
 
     (1 - nu) * mean[min(r A, clip(r, 1 - eps, 1 + eps) A)]   `stochastic_pg_loss`      Eq. (3), (10)
@@ -122,7 +122,7 @@ def resolve(args):
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
-    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "qmix", "advantage"}:
+    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "advantage"}:
         raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:
@@ -258,7 +258,7 @@ class ContinuousMixer(nn.Module):
 class CompatibleCritic(nn.Module):
     """q_tot = w . x with x = sum_i h_i ⊗ (onehot(a_i) - pi_i), h_i the policy's features and 1.
 
-    x is the gradient of log pi by the policy's head: by Proposition 5, the w that minimises
+    x is the gradient of log pi in the policy's head: by Proposition 5, the w that minimises
     E[(A - w . x)^2] gives the head its true gradient. Old rollouts fade. Utilities are w^T h_i.
 
         G <- rho G + x^T x + ridge * rows * I,   b <- rho b + x^T A,   w = G^-1 b
@@ -494,7 +494,7 @@ def estimate(agent, buffer, now, args):
         q = mixer(utilities[:-1], batch["actions"], weights) - mixer(utilities[:-1], pi, weights)
         batch["utility_hidden"], q = hidden, q * agent.q_norm.std / (sigma_a + 1e-5)
 
-    # Q of Proposition 5: least squares on what the policy has acted on, and 1.
+    # Q of Proposition 5: least squares on the policy's last features, and 1.
     if agent.second == "compatible":
         features = F.pad(agent.policy.norm(buffer["policy_hidden"][1:]), (0, 1), value=1)
         scores = (batch["actions"] - pi) * alive.unsqueeze(-1)
@@ -502,7 +502,7 @@ def estimate(agent, buffer, now, args):
         agent.compatible.fit(features, scores, team)
         batch["utilities"] = features @ agent.compatible.weights * alive.unsqueeze(-1)
 
-    # How q_tot(s, a) - q_tot(s, pi), fitted to other rollouts, tells A; the ideal slope is 1.
+    # How well q_tot(s, a) - q_tot(s, pi), fitted earlier, predicts A; the ideal slope is 1.
     metrics = {"diagnostics/sigma_a": sigma_a}
     if agent.second != "none":
         cov = torch.cov(torch.stack([team.flatten(), q.flatten()]))
@@ -528,7 +528,7 @@ def policy_losses(agent, batch, sigma_a, rng, args):
     log_ratio = pi.log_prob(actions) - batch["log_probs"]
     policy_loss = stochastic_pg_loss(log_ratio, batch["advantages"], alive, args.clip_eps)
 
-    # Second gradient: q_tot at mu, per live agent and in A's unit as the first one.
+    # Second gradient: q_tot at mu, per live agent and in A's unit, like the first.
     mu, q_scale = pi.mean, 1 / alive.sum(-1).mean()
     if args.mu == "gumbel" and args.nu > 0:
         mu = gumbel_softmax(pi.logits, rng)

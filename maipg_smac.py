@@ -1,7 +1,7 @@
 """MAIPG on StarCraft micromanagement: Multi-Agent Interpolated Policy Gradients, in one file.
 
 MAPPO's policy gradient rests on sampled joint actions: little bias, but noisy. MAIPG mixes in a
-quieter one through a factorised critic q_tot, differentiated by the actions. nu trades bias
+quieter one through a factorised critic q_tot, differentiated in the actions. nu trades bias
 against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
 
     (1 - nu) * mean[min(r A, clip(r, 1 - eps, 1 + eps) A)]   `stochastic_pg_loss`      Eq. (3), (10)
@@ -50,7 +50,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ------ settings
-# The paper's (nu, epochs) for SMAC's simple, hard, super hard maps. Others: hard.
+# The paper's (nu, update epochs) for SMAC's simple, hard, super hard maps. Others: hard.
 TABLE_3 = [
     (0.4, 5, "2m_vs_1z 2s_vs_1sc 2s3z 3m 3s_vs_3z 3s_vs_4z 3s5z 8m 1c3s5z 10m_vs_11m MMM"),
     (0.3, 10, "2c_vs_64zg 3s_vs_5z 5m_vs_6m 8m_vs_9m 25m so_many_baneling bane_vs_bane"),
@@ -131,7 +131,7 @@ def resolve(args):
     nu, epochs = next((row[:2] for row in TABLE_3 if args.map_name in row[2].split()), (0.3, 10))
     args.nu = nu if args.nu is None else args.nu
     args.update_epochs = args.update_epochs or epochs
-    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "qmix", "advantage"}:
+    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "advantage"}:
         raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:
@@ -222,7 +222,7 @@ def hypernetwork(state_dim, dim, out_dim):
 class CompatibleCritic(nn.Module):
     """q_tot = w . x with x = sum_i h_i ⊗ (onehot(a_i) - pi_i), h_i the policy's features and 1.
 
-    x is the gradient of log pi by the policy's head: by Proposition 5, the w that minimises
+    x is the gradient of log pi in the policy's head: by Proposition 5, the w that minimises
     E[(A - w . x)^2] gives the head its true gradient. Old rollouts fade. Utilities are w^T h_i.
 
         G <- rho G + x^T x + ridge * rows * I,   b <- rho b + x^T A,   w = G^-1 b
@@ -437,7 +437,7 @@ def estimate(agent, buffer, now, args):
         q = mixer(utilities[:-1], batch["actions"], weights) - mixer(utilities[:-1], pi, weights)
         batch["utility_hidden"], q = hidden, q * agent.q_norm.std / (sigma_a + 1e-5)
 
-    # Q of Proposition 5: least squares on what the policy has acted on, and 1.
+    # Q of Proposition 5: least squares on the policy's last features, and 1.
     if agent.second == "compatible":
         features = F.pad(agent.policy.norm(buffer["policy_hidden"][1:]), (0, 1), value=1)
         scores = batch["actions"] - pi  # 0 for the dead
@@ -445,7 +445,7 @@ def estimate(agent, buffer, now, args):
         agent.compatible.fit(features, scores, team)
         batch["utilities"] = features @ agent.compatible.weights * alive.unsqueeze(-1)
 
-    # How q_tot(s, a) - q_tot(s, pi), fitted to other rollouts, tells A; the ideal slope is 1.
+    # How well q_tot(s, a) - q_tot(s, pi), fitted earlier, predicts A; the ideal slope is 1.
     metrics = {"diagnostics/sigma_a": sigma_a}
     if agent.second != "none":
         cov = torch.cov(torch.stack([team.flatten(), q.flatten()]))
@@ -471,7 +471,7 @@ def policy_losses(agent, batch, sigma_a, rng, args):
     log_ratio = (log_pi * actions).sum(-1) - batch["log_probs"]
     policy_loss = stochastic_pg_loss(log_ratio, batch["advantages"], alive, args.clip_eps)
 
-    # Second gradient: q_tot at mu, per live agent and in A's unit as the first one.
+    # Second gradient: q_tot at mu, per live agent and in A's unit, like the first.
     mu, q_scale = log_pi.exp(), 1 / alive.sum(-1).mean()
     if args.mu == "gumbel" and args.nu > 0:
         mu = gumbel_softmax(log_pi, rng)
@@ -579,7 +579,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         progress = saved["progress"]
         if progress["step"] >= args.total_timesteps:
             print("done, until --total-timesteps is raised")
-        # StarCraft II begins anew.
+        # Games of StarCraft II begin anew.
         if args.backend == "smax":
             envs.load_state_dict(saved["games"])
             now = {key: x.to(args.device) for key, x in saved["now"].items()}
@@ -760,7 +760,7 @@ class SMAXEnvs:
         def step(state, moves):
             key, step_key = jax.random.split(state[0])
             obs, game, reward, done, _ = env.step(step_key, state[1], dict(zip(env.agents, moves)))
-            # From 1 on: victory.
+            # 1 and more only for a victory.
             reward = reward[env.agents[0]]
             return (key, game), (*look(obs, game), reward, done["__all__"], reward >= 1.0)
 
@@ -769,7 +769,8 @@ class SMAXEnvs:
         self.step(self.reset(0)[2].int().argmax(-1))  # compiles
 
     def reset(self, seed):
-        self.games, seen = self._reset(np.arange(self.args.num_envs, dtype=np.int32) * 1000 + seed)
+        seeds = np.arange(self.args.num_envs, dtype=np.int32) * 1000 + seed
+        self.games, seen = self._reset(seeds)
         return self._torch(seen)
 
     def step(self, actions):
@@ -792,8 +793,8 @@ class SMAXEnvs:
 
 def play_sc2(pipe, map_name, seed):
     """One game in a process of its own, which ends on any fault. smac's reset() is called once
-    per episode: again, it would break or scale rewards down."""
-    os.setsid()  # to kill worker and game together
+    per episode: a second call breaks it, or scales rewards down."""
+    os.setsid()  # a group, to kill worker and game together
     from smac.env import StarCraft2Env
 
     game, reward, done, won = StarCraft2Env(map_name, seed=seed), 0.0, False, False
@@ -803,12 +804,12 @@ def play_sc2(pipe, map_name, seed):
         while True:
             obs, state = np.float32(env.get_obs()), np.float32(env.get_state())
             avail = np.array(env.get_avail_actions()) > 0
-            # All dead: smac could not restart the game.
+            # All dead at the start: smac could not restart the game.
             if avail[:, 0].all():
                 raise RuntimeError("the game did not restart")
             pipe.send((obs, state, avail, np.float32(reward), done, won))
             reward, done, info = env.step(pipe.recv())
-            # smac's answer to a crash.
+            # smac's answer to a crash: (0, True, {}).
             if not info:
                 raise RuntimeError("the game crashed")
             won = info["battle_won"]
@@ -817,16 +818,14 @@ def play_sc2(pipe, map_name, seed):
 
 
 class SC2Envs:
-    """StarCraft II by oxwhirl's smac, N games in a process each."""
+    """StarCraft II by oxwhirl's smac, N games in a spawned process each."""
 
     def __init__(self, args):
         self.args, self.workers = args, {}
 
     def reset(self, seed):
         self.workers = {}
-        # Torch is imported once for all.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.utils.tensorboard"])
+        context = multiprocessing.get_context("spawn")
         for k in range(self.args.num_envs):
             pipe, theirs = context.Pipe()
             config = (theirs, self.args.map_name, seed + 1000 * k)
@@ -857,7 +856,7 @@ class SC2Envs:
         return torch.cat([obs, index], -1), *others
 
     def close(self):
-        """Workers end with their pipes; what is left of a group is killed."""
+        """The workers end with their pipes; what is left of a group is killed."""
         for pipe in self.workers:
             pipe.close()
         for worker in self.workers.values():
@@ -867,7 +866,7 @@ class SC2Envs:
 
 
 def what_sc2_lacks(map_name):
-    """What is missing to play the map."""
+    """What is missing to play the map, if anything."""
     home = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
     smac = find_spec("smac")
     if not smac or not Path(smac.submodule_search_locations[0], "env").is_dir():

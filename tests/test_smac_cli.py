@@ -171,7 +171,7 @@ OWN = """
 --resume missing; --resume empty; --resume file; --resume truncated; --resume garbage
 --resume zero; --resume flipped; --resume foreign; --resume tensor; --resume pickle
 --resume sibling; --resume former -> former mixer_dim
---critic compatible --mixer vdn -> --mixer paper; --q-scale raw -> --q-scale paper
+--critic compatible --mixer qmix -> --mixer paper; --q-scale raw -> --q-scale paper
 --resume whole --nu 0.3 -> --nu cannot; --resume=whole --nu 0.3 -> --nu cannot
 --resume whole --num-envs 4 -> --num-envs cannot; --resume whole --mixer vdn -> --mixer cannot
 --resume whole --critic compatible -> --critic cannot; --resume whole --seed 7 -> --seed cannot

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,6 @@ def forget_smac():
 def standin(monkeypatch, tmp_path):
     """The stand-in in sys.path, an SC2PATH, a log, and a temporary folder of this test's own."""
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    multiprocessing.util.get_temp_dir()  # not in TMPDIR: the path of a socket must be short
     monkeypatch.syspath_prepend(STANDIN)
     from fake_install import make_fake_sc2
 
@@ -48,7 +46,6 @@ def standin(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     yield tmp_path
     forget_smac()
-    forkserver._forkserver._stop()
     for log in tmp_path.rglob("log"):  # whatever a failed test has left
         for pid in filter(alive, processes(log.parent)):
             os.kill(pid, signal.SIGKILL)
@@ -58,7 +55,6 @@ def standin(monkeypatch, tmp_path):
 
 def order(monkeypatch, *faults):
     monkeypatch.setenv("STANDIN_SMAC_FAULTS", json.dumps(faults))
-    forkserver._forkserver._stop()  # it keeps the environment in which it began
 
 
 def read_log(folder, *calls):
@@ -307,13 +303,8 @@ def trainers(standin, monkeypatch):
             process.wait()
 
 
-def test_no_process_stays(trainers):
+def test_no_process_outlives_the_trainer(trainers):
     (killed, killed_folder), (stopped, folder) = trainers
-    servers = []  # which fork the workers
-    for process, _ in trainers:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-        servers += children.split()
-    assert len(servers) >= 2 and all(map(alive, servers))
     assert all(len(processes(f)) == 2 and all(map(alive, processes(f))) for _, f in trainers)
     killed.kill()
     os.killpg(stopped.pid, signal.SIGINT)  # Ctrl-C in a terminal
@@ -322,10 +313,6 @@ def test_no_process_stays(trainers):
     assert leftovers(folder) == [] and "Traceback" not in (folder / "out").read_text()
     (run,) = (folder / "runs").iterdir()
     assert m.load_checkpoint(run)["progress"]["step"] == 20 * len(progress(run))
-    deadline = time.monotonic() + 10
-    while any(map(alive, servers)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------------------------- the set-up
