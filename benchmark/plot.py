@@ -281,8 +281,8 @@ def panel(axis, part, looks, x, style):
         else:
             middle, spread = values.mean(0), values.std(0)
             low, high = middle - spread, middle + spread
-        label, marker = f"{method} ({len(values)})", "" if len(grid) > 1 else "o"
-        axis.plot(grid, middle, label=label, marker=marker, **look)
+        marker = "" if len(grid) > 1 else "o"
+        axis.plot(grid, middle, label=method, marker=marker, **look)
         axis.fill_between(grid, low, high, color=look["color"], alpha=0.18, lw=0)
     axis.locator_params(axis="x", nbins=5)
     if x == "global_step":
@@ -290,9 +290,9 @@ def panel(axis, part, looks, x, style):
 
 
 def draw(curves, path, metrics=None, x="global_step", style="std"):
-    """One panel per metric (down; None: the scenario's score) and scenario (across), one line per
+    """One panel per metric (down; "score": the scenario's own) and scenario (across), one line per
     method."""
-    scenarios, metrics = sorted(set(curves["scenario"])), metrics or [None]
+    scenarios, metrics = sorted(set(curves["scenario"])), metrics or ["score"]
     width = 3.6 if len(scenarios) < 3 else 2.6
     size = (1.4 + width * len(scenarios), 1.4 + 2.6 * len(metrics))
     with plt.rc_context(STYLE):
@@ -301,7 +301,8 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
         for axis, (metric, scenario) in zip(axes.flat, product(metrics, scenarios)):
             part = curves[curves["scenario"] == scenario]
             have = [*part["metric"].unique()]
-            metric = metric or next(m for m in SCORES + have if m in have)
+            if metric == "score":
+                metric = next(m for m in SCORES + have if m in have)
             part = part[part["metric"] == metric]
             panel(axis, part, looks(dict.fromkeys(curves["method"])), x, style)
             rate = "scored" if scenario.startswith("academy_") else "greedy win rate"
@@ -311,7 +312,9 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
             if metric == "win rate":
                 axis.set_ylim(-0.03, 1.03)
         handles = {name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(scenarios))
+        seeds = curves.groupby(KEY[:2])["seed"].nunique().groupby("method").unique()
+        names = [f"{name} ({', '.join(map(str, sorted(seeds[name])))})" for name in handles]
+        figure.legend(handles.values(), names, loc="outside lower center", ncols=len(scenarios))
         band = "mean and standard deviation" if style == "std" else "IQM and its 95 % interval"
         figure.suptitle(f"{band} over the seeds (how many: in brackets)", fontsize=8)
         figure.savefig(path, dpi=150)
@@ -361,7 +364,7 @@ class Args:
     out: Path = Path("results")  # folder of what is written
     style: Literal["std", "iqm"] = "std"  # mean +- deviation, as in the paper; or IQM, interval
     x: Literal["global_step", "hours"] = "global_step"  # axis
-    metrics: tuple[str, ...] = ()  # one row of panels each; none: the score
+    metrics: tuple[str, ...] = ("score",)  # one row of panels each; "score": the task's own
     markdown: bool = False  # instead of all this: the tables of benchmark/results
 
 
@@ -374,7 +377,7 @@ def main(argv=None):
         if gone := [str(path) for path in args.paths if not path.exists()]:
             raise FileNotFoundError(f"there is no {gone[0]}")
         runs, curves = read(args.paths)
-        if unknown := set(args.metrics) - set(curves["metric"]):
+        if unknown := set(args.metrics) - {"score", *curves["metric"]}:
             raise ValueError(f"no metric {min(unknown)}; there are {sorted(set(curves['metric']))}")
         if args.x == "hours" and curves["hours"].isna().any():
             raise ValueError("--x hours: these runs do not all tell their hours")
