@@ -62,7 +62,7 @@ def trainer(script, args, envs):
     torch.manual_seed(1)
     now, buffer, rngs = script.begin(envs, 1, args), {}, {}
     agent = script.Agent(now, args).to(args.device)
-    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     for name in ["explore", "gumbel", "shuffle"]:
         rngs[name] = torch.Generator(args.device).manual_seed(1)
 
