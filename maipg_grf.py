@@ -133,7 +133,7 @@ def resolve(args):
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
-    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "advantage"}:
+    if args.critic == "compatible" and (args.mixer, args.q_scale) != (None, "advantage"):
         raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:

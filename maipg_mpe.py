@@ -122,7 +122,7 @@ def resolve(args):
         high = 1 if name == "nu" else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
-    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "advantage"}:
+    if args.critic == "compatible" and (args.mixer, args.q_scale) != (None, "advantage"):
         raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:
@@ -905,7 +905,7 @@ class PettingZooEnvs:
 
     def __init__(self, args):
         from gymnasium import spaces
-        from pettingzoo import ParallelEnv
+        from pettingzoo import AECEnv, ParallelEnv
 
         self.args, self.spaces, self.games = args, spaces, []
         try:
@@ -926,6 +926,8 @@ class PettingZooEnvs:
         bounded = isinstance(self.action, spaces.Box) and self.action.is_bounded()
         fits = bounded if args.continuous else isinstance(self.action, spaces.Discrete)
         self.require(fits, f"actions {self.action}: Discrete, or --continuous and a bounded Box")
+        # These two only raise.
+        self.has_state = type(env.unwrapped).state not in [AECEnv.state, ParallelEnv.state]
         # What who has left sees and can do.
         index = np.eye(len(self.agents), dtype=np.float32)
         self.obs = np.pad(index, ((0, 0), (spaces.flatdim(self.seen), 0)))
@@ -971,11 +973,8 @@ class PettingZooEnvs:
                 fits = np.shape(x) == self.seen.shape and np.shape(mask) in [(), avail[i].shape]
                 self.require(fits, f"{agent}'s observation or mask has a wrong shape")
                 obs[i, :-n], avail[i] = self.spaces.flatten(self.seen, x), mask
-        try:
-            state = np.float32(game.state()).ravel()
-        except NotImplementedError:
-            state = obs[:, :-n].ravel()
-        return obs, state, avail
+        state = np.float32(game.state()) if self.has_state else obs[:, :-n]
+        return obs, state.ravel(), avail
 
     def _tensors(self, rows):
         """Rows of games as tensors, if they are sound."""

@@ -131,7 +131,7 @@ def resolve(args):
     nu, epochs = next((row[:2] for row in TABLE_3 if args.map_name in row[2].split()), (0.3, 10))
     args.nu = nu if args.nu is None else args.nu
     args.update_epochs = args.update_epochs or epochs
-    if args.critic == "compatible" and {args.mixer, args.q_scale} - {None, "advantage"}:
+    if args.critic == "compatible" and (args.mixer, args.q_scale) != (None, "advantage"):
         raise UsageError("--mixer, --q-scale: only with --critic paper")
     chunks = args.num_envs * args.rollout_steps // args.chunk_length
     if args.rollout_steps % args.chunk_length or chunks % args.num_minibatches:

@@ -138,8 +138,7 @@ def train_here(runs, grid):
     for run in runs:
         if not run.finished():
             module = importlib.import_module(".".join(Path(run.script).with_suffix("").parts))
-            _, _, _, _, *words = run.command()
-            assert module.main(words) == 0
+            assert module.main(run.command()[4:]) == 0  # after python, its flags, the script
     return 0
 
 

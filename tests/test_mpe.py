@@ -507,6 +507,7 @@ def test_nan_stops_the_run_before_the_weights(tmp_path, monkeypatch, capsys):
 
 BAD = [
     ("--critic compatible --mixer joint", "only with --critic paper"),
+    ("--critic compatible --mixer qmix", "only with --critic paper"),
     ("--q-scale raw", "only with --critic paper"),
     ("--num-envs 0", "num_envs"),
     ("--rollout-steps -5", "rollout_steps"),

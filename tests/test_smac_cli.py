@@ -366,7 +366,7 @@ def test_resume_of_a_finished_run_changes_nothing_learned(fresh, whole, capfd):
     for _ in range(2):
         assert call(f"--resume={fresh}") == 0
         said = "done, until --total-timesteps is raised"
-        assert said in capfd.readouterr().out
+        assert said in capfd.readouterr().out.splitlines()
     assert differing(fresh, whole("vdn", 1), *LEARNED, "progress") == []
     assert rows(fresh) == rows(whole("vdn", 1))
 
