@@ -8,7 +8,7 @@ against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
       + nu   * mean[q_tot(s, mu(s))] * q_scale               `deterministic_pg_loss`   Eq. (10)
       + ent_coef * mean[entropy]
 
-r: ratio of new to old policy. A: advantage (`gae`), divided by its deviation sigma_A.
+r: ratio of new to old policy. A: advantage (`gae`), normalised; sigma_A: its deviation.
 mu(s): pi's probabilities, the mean of a sampled action; or, by --mu gumbel, a sample.
 
     --critic compatible   The default, Proposition 5: q_tot is linear in the policy's own features,
@@ -99,7 +99,7 @@ class Args:
     max_grad_norm: float = 10.0  # per network
     # evaluation and output
     eval_every: int = 400_000  # environment steps
-    eval_episodes: int = 100  # greedy ones
+    eval_episodes: int = 100  # greedy ones, at least
     checkpoint_every: int = 5  # updates
     runs_dir: str = "runs"  # of run folders
     track: bool = False  # log to Weights & Biases too
@@ -130,7 +130,7 @@ def resolve(args):
     args.num_workers = min(args.num_workers or os.cpu_count(), args.num_envs)
     for name, value in asdict(args).items():
         low = 1e-9 if name == "ridge" else int(type(value) is int and name not in ["nu", "seed"])
-        high = 1 if name == "nu" else 1e9
+        high = 1 if name in "nu gamma gae_lambda td_lambda target_tau forgetting".split() else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
     if args.critic == "compatible" and (args.mixer, args.q_scale) != (None, "advantage"):
@@ -227,7 +227,7 @@ class CompatibleCritic(nn.Module):
     x is the gradient of log pi in the policy's head: by Proposition 5, the w that minimises
     E[(A - w . x)^2] gives the head its true gradient. Old rollouts fade. Utilities are w^T h_i.
 
-        G <- rho G + x^T x + ridge * rows * I,   b <- rho b + x^T A,   w = G^-1 b
+        G <- rho G + sum x x^T + ridge * rows * I,   b <- rho b + sum A x,   w = G^-1 b
     """
 
     def __init__(self, num_features, num_actions, forgetting, ridge):
@@ -435,9 +435,9 @@ def estimate(agent, buffer, now, args):
         batch["q_targets"] = td_lambda(reward, next_q, done, args.gamma, args.td_lambda)
 
         mixer, weights = agent.q.mixer, agent.q.mixer.weights(batch["state"])
-        utilities, hidden = unroll(agent.q.utility, "utility_hidden", buffer, now)
+        utilities, batch["utility_hidden"] = unroll(agent.q.utility, "utility_hidden", buffer, now)
         q = mixer(utilities[:-1], batch["actions"], weights) - mixer(utilities[:-1], pi, weights)
-        batch["utility_hidden"], q = hidden, q * agent.q_norm.std / (sigma_a + 1e-5)
+        q = q * agent.q_norm.std / (sigma_a + 1e-5)
 
     # Q of Proposition 5: least squares on the policy's last features, and 1.
     if agent.second == "compatible":
@@ -550,36 +550,37 @@ def descend(agent, optimizer, losses, args):
 
 
 # ------ training
-def with_retries(play, progress):
-    """play(attempt); after a GameError again, in new games."""
+def with_retries(play, progress, stopped=()):
+    """play(attempt), at most five times: after a GameError in new games."""
     for attempt in range(5):
         try:
             return play(attempt)
         except GameError as error:
             progress["restarts"] += 1
+            if stopped or attempt == 4:
+                raise
             print(f"{error}; new games begin", file=sys.stderr)
-    raise GameError("five failures in a row")
 
 
 def train(args, envs, stopped=(), agent_class=Agent, update=update):
-    """Train until total_timesteps, or until there is a signal in `stopped`."""
+    """Train until total_timesteps, or a signal in `stopped`."""
+    saved = load_checkpoint(args.resume, type(args)) if args.resume else {}
+    progress = saved.get("progress", {"step": 0, "restarts": 0, "csv_size": 0})
     torch.manual_seed(args.seed)
-    now, buffer, rngs = begin(envs, args.seed, args), {}, {}
+    # Unless stored, games go on with new episodes.
+    now, buffer, rngs = begin(envs, args.seed + progress["step"], args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     # Runs of any nu explore alike.
     for k, name in enumerate(["explore", "gumbel", "shuffle"]):
         rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
-    progress = {"step": 0, "restarts": 0, "csv_size": 0}
 
     if args.resume:
-        folder, saved = Path(args.resume), load_checkpoint(args.resume, type(args))
+        folder = Path(args.resume)
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         for name, rng in rngs.items():
             rng.set_state(saved["rngs"][name])
-        # Games begin anew.
-        progress = saved["progress"]
         if progress["step"] >= args.total_timesteps:
             print("done, until --total-timesteps is raised")
     else:
@@ -609,7 +610,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         try:
             if step >= args.total_timesteps or step % args.eval_every < batch_steps:
                 log.bar.set_postfix_str("evaluating")
-                metrics |= with_retries(judge, progress)
+                metrics |= {} if stopped else with_retries(judge, progress, stopped)
         finally:
             metrics["charts/env_restarts"] = progress["restarts"]
             log.write(step, metrics)
@@ -619,7 +620,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
         try:
             while progress["step"] < args.total_timesteps and not stopped:
                 start = time.perf_counter()
-                with_retries(play, progress)
+                with_retries(play, progress, stopped)
                 batch, metrics = estimate(agent, buffer, now, args)
                 sigma_a = metrics["diagnostics/sigma_a"]
                 metrics |= update(agent, optimizer, batch, sigma_a, rngs, args)
@@ -632,7 +633,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
                 if progress["step"] // batch_steps % args.checkpoint_every == 0:
                     save()
         finally:
-            # Whatever ends the run, keep what is sound.
+            # Whatever else ends a run: save.
             if not isinstance(sys.exception(), FloatingPointError | SystemExit):
                 save()
     if stopped:
@@ -641,8 +642,8 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
 
 # ------ evaluation
 def evaluate(policy, envs, seed, args, stopped=()):
-    """Win rate (a goal is scored) over greedy episodes, each by its own flag. Every game plays its
-    share: the first to end would favour the short ones."""
+    """Win rate (a goal is scored) over greedy episodes, each by its own flag. All games play as
+    many: the first to end would be short ones."""
     now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
     played, buffer, wins, returns = now["keep"], {}, [], []
     while (played < share).any() and not stopped:
@@ -652,13 +653,12 @@ def evaluate(policy, envs, seed, args, stopped=()):
         wins += buffer["won"][counted].tolist()
         returns += buffer["return"][counted].tolist()
         played = number[-1]
-    # A stop skips this evaluation.
     return {} if stopped else dict(zip(EVALUATION, (np.mean(wins), np.mean(returns))))
 
 
 # ------ log and checkpoint
 class Log:
-    """TensorBoard, progress.csv, a progress bar (elsewhere a line every 30 s)."""
+    """TensorBoard, progress.csv, a progress bar (elsewhere a line per 30 s)."""
 
     def __init__(self, folder, args, step, csv_size):
         self.csv = open(folder / "progress.csv", "a", buffering=1)
@@ -667,7 +667,7 @@ class Log:
         except BlockingIOError:
             raise UsageError(f"{folder} is in use") from None
         # Later rows will come again.
-        self.csv.seek(self.csv.truncate(csv_size))
+        self.csv.seek(self.csv.truncate(min(csv_size, self.csv.tell())))
         text = json.dumps(asdict(args), indent=2)
         (folder / "args.json").write_text(text)
         if args.track:
@@ -683,7 +683,7 @@ class Log:
         self.bar = tqdm(total=args.total_timesteps, initial=step, **style)
 
     def write(self, step, metrics):
-        """One row of scalars, under the same names everywhere."""
+        """One row of scalars."""
         if not self.csv.tell():
             self.csv.write(",".join(["global_step", *metrics]) + "\n")
         self.csv.write(",".join(map(str, [step, *metrics.values()])) + "\n")
@@ -720,10 +720,11 @@ def load_checkpoint(folder, args_class=Args):
 
 # ------ environments
 # N games behind one interface, tensors on the training device:
-#     obs, state, avail = envs.reset(seed)      # new games: [N, n, O], [N, S], bool [N, n, A]
-#     obs, state, avail, reward, done, won = envs.step(actions)         # the last three [N]
+#     obs, state, avail = envs.reset(seed)  # new games: [N, n, O], [N, S], bool [N, n, A]
+#     obs, state, avail, reward, done, won = envs.step(actions)  # the last three [N]
 # After an episode the next one has begun. obs is simple115v2, which tells an agent who it is; state
-# is the same without that; all actions are always available. A copy of envs has games of its own.
+# is the same without that; all actions are available. A copy of envs, once reset, has its own
+# games.
 class Football:
     """gfootball's create_environment(rewards="scoring,checkpoints", representation="simple115v2"),
     number for number, without the copies that it makes of all that an agent sees."""
@@ -761,14 +762,14 @@ class Football:
 
 def play_football(pipe, scenario, count, seed):
     """Some of the games in a process of their own, which ends on any fault."""
-    os.setsid()  # a group, to be killed
+    os.setsid()  # Ctrl-C is for the trainer alone
     # gfootball draws a seed for each episode from it.
     random.seed(seed)
     with contextlib.redirect_stderr(io.StringIO()):  # gym tells of its age
         games = [Football(scenario) for _ in range(count)]
     rows = [(game.reset(), np.float32(0.0), False, False) for game in games]
-    # EOFError: the trainer has ended.
-    with contextlib.suppress(EOFError):
+    # The trainer has hung up.
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             pipe.send([np.stack(x) for x in zip(*rows)])
             rows = [game.step(actions) for game, actions in zip(games, pipe.recv())]
@@ -801,7 +802,7 @@ class FootballEnvs:
         return self._receive(self.args.game_timeout)
 
     def _receive(self, timeout):
-        """What all games have sent, as tensors. GameError: one has failed."""
+        """What all games send, as tensors. GameError: one has failed."""
         rows = []
         for k, pipe in enumerate(self.workers):
             try:

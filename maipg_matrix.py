@@ -7,7 +7,7 @@ against variance; nu = 0 is the standard policy gradient. Summed over agents, th
     (1 - nu) * mean[min(r A, clip(r, 1 - eps, 1 + eps) A)]   `stochastic_pg_loss`      Eq. (3), (10)
       + nu   * mean[q_tot(mu)]                               `deterministic_pg_loss`   Eq. (10)
 
-r: ratio of new to old policy. A: reward minus its mean, in the unit of q_tot.
+r: ratio of new to old policy. A: reward minus the batch's mean, in the unit of q_tot.
 q_tot: VDN or QMIX, fitted to the rewards of the current policy's actions.
 mu: a Gumbel-softmax sample; or, by --mu expectation, pi's probabilities.
 
@@ -235,6 +235,7 @@ def update(logits, optimizer, critic, critic_optimizer, payoffs, nu, rng, args):
         fit(critic, critic_optimizer, joint[None], payoffs.flatten(1), p, args.critic_steps)
     else:
         actions, log_probs, rewards = rollout(old, payoffs, rng, args)
+        # The mean holds the sample itself: the gradient is (1 - 1 / B) of the exact one.
         advantages = rewards - rewards.mean(1, keepdim=True)
         fit(critic, critic_optimizer, actions, rewards, 1 / args.batch_size, args.critic_steps)
 
@@ -326,7 +327,8 @@ def figure_1(results, args, folder):
 
 def table_5(title, greedy, args, folder):
     """Write TITLE.csv, and print: the final payoff of each nu and seed, [nus, 1, seeds]."""
-    greedy, rows = greedy[:, 0].astype(float).round(4), []
+    # By way of text: 0.1, not 0.10000000149.
+    greedy, rows = greedy[:, 0].astype(str).astype(float), []
     values = sorted(set(greedy.flatten().tolist()), reverse=True)
     head = "".join(f"{f'#{x:g}':>5}" for x in values)
     print(f"{title}\nnu   payoff of each seed | mean  stderr | counts: {head}")
@@ -438,7 +440,7 @@ def run(args):
 
 
 def main(argv=None):
-    """Run a command line; the exit code: 1 failed, 2 bad input, 130 interrupted."""
+    """Run a command line; the exit code: 1 not finite, 2 bad input or files, 130 Ctrl-C."""
     try:
         args = resolve(tyro.cli(Args, args=argv, description=__doc__))
         torch.set_num_threads(args.threads)

@@ -8,13 +8,14 @@ against variance; nu = 0 is MAPPO, and builds no q_tot. The policy ascends
       + nu   * mean[q_tot(s, mu(s))] * q_scale               `deterministic_pg_loss`   Eq. (10)
       + ent_coef * mean[entropy]
 
-r: ratio of new to old policy. A: advantage (`gae`), divided by its deviation sigma_A.
+r: ratio of new to old policy. A: advantage (`gae`), normalised; sigma_A: its deviation.
 mu(s): pi's mean: its probabilities, or a Gaussian's mean; or, by --mu gumbel, a sample.
 
     --critic compatible   The default, Proposition 5: q_tot is linear in the policy's own features,
                           fitted to the team's A by least squares. q_scale = 1 / live agents.
-                          For continuous actions, Proposition 6 (but for the
-                          slope of the tanh of the mean).
+                          Continuous actions: of a_i - mu_i (Proposition 6, without the slope
+                          of tanh). The deviation has no second gradient: with nu = 1 only the
+                          entropy bonus moves it.
     --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
                           `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
 
@@ -33,7 +34,6 @@ import contextlib
 import copy
 import fcntl
 import io
-import itertools
 import json
 import math
 import os
@@ -50,6 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.distributions import Independent, Normal, OneHotCategorical
 from torch.utils.tensorboard import SummaryWriter
@@ -95,7 +96,7 @@ class Args:
     max_grad_norm: float = 10.0  # per network
     # evaluation and output
     eval_every: int = 80_000  # environment steps
-    eval_episodes: int = 128  # greedy ones
+    eval_episodes: int = 128  # greedy ones, at least
     checkpoint_every: int = 25  # updates
     runs_dir: str = "runs"  # of run folders
     track: bool = False  # log to Weights & Biases too
@@ -119,7 +120,7 @@ def resolve(args):
     """Fill in the device. Raises UsageError."""
     for name, value in asdict(args).items():
         low = 1e-9 if name == "ridge" else int(type(value) is int and name not in ["nu", "seed"])
-        high = 1 if name == "nu" else 1e9
+        high = 1 if name in "nu gamma gae_lambda td_lambda target_tau forgetting".split() else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             raise UsageError(f"--{name} {value}: must lie in [{low}, {high:g}]")
     if args.critic == "compatible" and (args.mixer, args.q_scale) != (None, "advantage"):
@@ -233,7 +234,7 @@ class JointMixer(nn.Module):
         return [self.norm(state)]
 
     def forward(self, utilities, actions, weights):
-        """As above."""
+        """utilities, actions [..., n, A] -> q_tot [...]."""
         inputs = [*weights, actions.flatten(-2), (utilities * actions).sum(-1)]
         return self.q(torch.cat(inputs, -1)).squeeze(-1)
 
@@ -261,7 +262,7 @@ class CompatibleCritic(nn.Module):
     x is the gradient of log pi in the policy's head: by Proposition 5, the w that minimises
     E[(A - w . x)^2] gives the head its true gradient. Old rollouts fade. Utilities are w^T h_i.
 
-        G <- rho G + x^T x + ridge * rows * I,   b <- rho b + x^T A,   w = G^-1 b
+        G <- rho G + sum x x^T + ridge * rows * I,   b <- rho b + sum A x,   w = G^-1 b
     """
 
     def __init__(self, num_features, num_actions, forgetting, ridge):
@@ -308,6 +309,7 @@ class Agent(nn.Module):
         obs_dim, state_dim = now["obs"].shape[-1], now["state"].shape[-1]
         self.policy = Recurrent(obs_dim, dim, A, 0.01)
         if args.continuous:
+            # MAPPO's begins at 0, and its mean has no tanh.
             self.policy.log_std = nn.Parameter(torch.full((A,), -0.5))
         self.critic = StateCritic(state_dim, dim, 1, 1.0)
         self.v_norm = ValueNorm()
@@ -345,7 +347,9 @@ def gumbel_max(log_pi, rng):
 def distribution(policy, out, avail):
     """pi [..., n] from the policy's output [..., n, A]: of one-hot actions, or a Gaussian."""
     if hasattr(policy, "log_std"):
-        return Independent(Normal(out.tanh(), policy.log_std.exp()), 1)
+        # Who has left has no mean to learn.
+        pi = Normal(out.tanh() * avail, policy.log_std.exp(), validate_args=False)
+        return Independent(pi, 1)
     return OneHotCategorical(logits=masked_log_softmax(out, avail), validate_args=False)
 
 
@@ -490,9 +494,9 @@ def estimate(agent, buffer, now, args):
         batch["q_targets"] = td_lambda(reward, next_q, done, args.gamma, args.td_lambda)
 
         mixer, weights = agent.q.mixer, agent.q.mixer.weights(batch["state"])
-        utilities, hidden = unroll(agent.q.utility, "utility_hidden", buffer, now)
+        utilities, batch["utility_hidden"] = unroll(agent.q.utility, "utility_hidden", buffer, now)
         q = mixer(utilities[:-1], batch["actions"], weights) - mixer(utilities[:-1], pi, weights)
-        batch["utility_hidden"], q = hidden, q * agent.q_norm.std / (sigma_a + 1e-5)
+        q = q * agent.q_norm.std / (sigma_a + 1e-5)
 
     # Q of Proposition 5: least squares on the policy's last features, and 1.
     if agent.second == "compatible":
@@ -608,26 +612,26 @@ def descend(agent, optimizer, losses, args):
 
 # ------ training
 def train(args, envs, stopped=(), agent_class=Agent, update=update):
-    """Train until total_timesteps, or until there is a signal in `stopped`."""
+    """Train until total_timesteps, or a signal in `stopped`."""
+    saved = load_checkpoint(args.resume, type(args)) if args.resume else {}
+    progress = saved.get("progress", {"step": 0, "csv_size": 0})
     torch.manual_seed(args.seed)
-    now, buffer, rngs = begin(envs, args.seed, args), {}, {}
+    # Unless stored, games go on with new episodes.
+    now, buffer, rngs = begin(envs, args.seed + progress["step"], args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
-    # Runs of any nu explore alike.
-    for k, name in enumerate(["explore", "gumbel", "shuffle"]):
+    # Runs of any nu explore alike. The worlds draw from the seed itself.
+    for k, name in enumerate(["explore", "gumbel", "shuffle"], 1):
         rngs[name] = torch.Generator(args.device).manual_seed(args.seed + 10**9 * k)
-    progress = {"step": 0, "csv_size": 0}
 
     if args.resume:
-        folder, saved = Path(args.resume), load_checkpoint(args.resume, type(args))
+        folder = Path(args.resume)
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         for name, rng in rngs.items():
             rng.set_state(saved["rngs"][name])
-        progress = saved["progress"]
         if progress["step"] >= args.total_timesteps:
             print("done, until --total-timesteps is raised")
-        # A PettingZoo environment cannot be stored: its games begin anew.
         if not args.env_id:
             envs.load_state_dict(saved["games"])
             now = {key: x.to(args.device) for key, x in saved["now"].items()}
@@ -652,7 +656,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
                 log.bar.set_postfix_str("evaluating")
                 seed = 10**9 + args.seed + step
                 with contextlib.closing(copy.copy(envs)) as games:
-                    metrics |= evaluate(agent.policy, games, seed, args, stopped)
+                    metrics |= {} if stopped else evaluate(agent.policy, games, seed, args, stopped)
         finally:
             log.write(step, metrics)
 
@@ -673,7 +677,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
                 if progress["step"] // batch_steps % args.checkpoint_every == 0:
                     save()
         finally:
-            # Whatever ends the run, keep what is sound.
+            # Whatever else ends a run: save.
             if not isinstance(sys.exception(), FloatingPointError | SystemExit):
                 save()
     if stopped:
@@ -682,8 +686,8 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
 
 # ------ evaluation
 def evaluate(policy, envs, seed, args, stopped=()):
-    """Mean return of greedy episodes. Every game plays its share: the first to end would favour
-    the short ones."""
+    """Mean return of greedy episodes. All games play as many: the first to end would be
+    short ones."""
     now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
     played, buffer, returns = now["keep"], {}, []
     while (played < share).any() and not stopped:
@@ -691,13 +695,12 @@ def evaluate(policy, envs, seed, args, stopped=()):
         number = played + buffer["done"].cumsum(0)
         returns += buffer["return"][buffer["done"] & (number <= share)].tolist()
         played = number[-1]
-    # A stop skips this evaluation.
     return {} if stopped else dict(zip(EVALUATION, [np.mean(returns)]))
 
 
 # ------ log and checkpoint
 class Log:
-    """TensorBoard, progress.csv, a progress bar (elsewhere a line every 30 s)."""
+    """TensorBoard, progress.csv, a progress bar (elsewhere a line per 30 s)."""
 
     def __init__(self, folder, args, step, csv_size):
         self.csv = open(folder / "progress.csv", "a", buffering=1)
@@ -706,7 +709,7 @@ class Log:
         except BlockingIOError:
             raise UsageError(f"{folder} is in use") from None
         # Later rows will come again.
-        self.csv.seek(self.csv.truncate(csv_size))
+        self.csv.seek(self.csv.truncate(min(csv_size, self.csv.tell())))
         text = json.dumps(asdict(args), indent=2)
         (folder / "args.json").write_text(text)
         if args.track:
@@ -722,7 +725,7 @@ class Log:
         self.bar = tqdm(total=args.total_timesteps, initial=step, **style)
 
     def write(self, step, metrics):
-        """One row of scalars, under the same names everywhere."""
+        """One row of scalars."""
         if not self.csv.tell():
             self.csv.write(",".join(["global_step", *metrics]) + "\n")
         self.csv.write(",".join(map(str, [step, *metrics.values()])) + "\n")
@@ -759,37 +762,19 @@ def load_checkpoint(folder, args_class=Args):
 
 # ------ environments
 # N games behind one interface, tensors on the training device:
-#     obs, state, avail = envs.reset(seed)      # new games: [N, n, O], [N, S], bool [N, n, A]
-#     obs, state, avail, reward, done = envs.step(actions)      # [N, n, A]; the last two [N]
+#     obs, state, avail = envs.reset(seed)  # new games: [N, n, O], [N, S], bool [N, n, A]
+#     obs, state, avail, reward, done = envs.step(actions)  # [N, n, A]; the last two [N]
 # After an episode the next one has begun. obs ends with the agent's index; the reward is the mean
-# over agents. A copy of envs has games of its own.
+# over agents. A copy of envs, once reset, has its own games.
 RADIUS = {"spread": 0.15, "line": 0.03, "formation": 0.05}  # of an agent
 
 
-def subset_layers(n, device):
-    """For k = 1 .. n, indices [C(n, k), k]: subsets of k targets without one of them, and that
-    one. The subsets of k - 1 targets are numbered in the order of itertools.combinations."""
-    layers, before = [], {(): 0}
-    for k in range(1, n + 1):
-        subsets = list(itertools.combinations(range(n), k))
-        rest = [[before[s[:j] + s[j + 1 :]] for j in range(k)] for s in subsets]
-        layers.append([torch.tensor(x, device=device) for x in (rest, subsets)])
-        before = {s: j for j, s in enumerate(subsets)}
-    return layers
-
-
-def assigned_distances(distances, layers, limit):
-    """Sum over agents [N] of min(distance, limit) in the assignment of least total distance.
-    distances [N, n, n], agent by target. The best way to send k agents to a set of k targets is
-    a best way for k - 1 of them and one step more: dynamic programming over subsets."""
-    # Worlds last: they lie side by side in memory.
-    both = torch.stack([distances, distances.clamp(max=limit)]).permute(0, 2, 3, 1).contiguous()
-    sums = both.new_zeros(2, 1, len(distances))
-    for k, (rest, last) in enumerate(layers):
-        choices = sums[:, rest] + both[:, k][:, last]
-        _, best = choices[0].min(1, keepdim=True)
-        sums = choices.take_along_dim(best[None], 2).squeeze(2)
-    return sums[1, 0]
+def assigned_distances(distances, limit):
+    """Sum over agents [N] of min(distance, limit) in the assignment of least total distance, found
+    as mpe2 does. distances [N, n, n], agent by target."""
+    best = [linear_sum_assignment(x)[1] for x in distances.cpu().numpy()]
+    targets = torch.tensor(np.array(best), device=distances.device).unsqueeze(-1)
+    return distances.take_along_dim(targets, 2).clamp(max=limit).sum((1, 2))
 
 
 class ParticleEnvs:
@@ -804,7 +789,6 @@ class ParticleEnvs:
     def __init__(self, args):
         self.args, self.task, self.n = args, args.scenario, args.num_agents
         self.num_landmarks = {"spread": self.n, "line": 2, "formation": 1}[self.task]
-        self.layers = subset_layers(self.n, args.device)
         self.index = torch.eye(self.n, device=args.device)
         self.others = (1 - self.index).nonzero()[:, 1].view(self.n, -1)
         self.moves = torch.tensor([[0.0, 0.0], [-1, 0], [1, 0], [0, -1], [0, 1]]).to(args.device)
@@ -853,7 +837,7 @@ class ParticleEnvs:
         gap, touch = apart.norm(dim=-1), 2 * RADIUS[self.task]
         depth = F.softplus((touch - gap) / self.contact_margin) * self.contact_margin
         push = (100.0 * depth / (gap + self.index)).unsqueeze(-1) * apart
-        # With the velocity before this step's forces.
+        # As in mpe2, the old velocity moves the agents; forces change the next one.
         self.pos = self.pos + self.vel * self.dt
         self.vel = 0.75 * self.vel + (5.0 * force + push.sum(2)) * self.dt
         self.steps += 1
@@ -882,7 +866,7 @@ class ParticleEnvs:
             angle = first + order * (2 * math.pi / self.n)
             targets = torch.stack([angle.cos(), angle.sin()], -1) * 0.5 + self.landmarks
         distances = (pos - targets.unsqueeze(1)).norm(dim=-1)
-        return -assigned_distances(distances, self.layers, 2.0) / self.n
+        return -assigned_distances(distances, 2.0) / self.n
 
     def state_dict(self):
         return [self.pos, self.vel, self.landmarks, self.steps, self.rng.get_state()]
@@ -945,11 +929,12 @@ class PettingZooEnvs:
         return self._tensors(map(self._look, self.games, seen))
 
     def step(self, actions):
+        # Broken rules are bad input at the start, later they end a run.
         self.fault, rows = EnvError, []
         actions = actions.cpu().numpy()
         if self.args.continuous:
             low, high = self.action.low.ravel(), self.action.high.ravel()
-            actions = low + (actions.clip(-1, 1) + 1) / 2 * (high - low)
+            actions = (low + (actions + 1) / 2 * (high - low)).clip(low, high)
         for game, row in zip(self.games, actions):
             chosen = zip(self.agents, (self.spaces.unflatten(self.action, x) for x in row))
             chosen = {agent: x for agent, x in chosen if agent in game.agents}

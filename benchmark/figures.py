@@ -81,7 +81,12 @@ def matrix(args, out):
     """Figure 1 or Table 5; the exit code."""
     commands, smoke = MATRIX[args.figure]
     more = ["--out-dir", str(out), *(smoke.split() if args.scale == "smoke" else [])]
-    return max(maipg_matrix.main([*words.split(), *more]) for words in commands)
+    for words in commands:
+        words = [*words.split(), *more]
+        print("python maipg_matrix.py", *words, flush=True)
+        if not args.dry_run and (code := maipg_matrix.main(words)):
+            return code
+    return 0
 
 
 def make_runs(args):

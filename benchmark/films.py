@@ -99,7 +99,9 @@ def pettingzoo(games):
         games.make = functools.partial(make, render_mode="rgb_array")
 
     def look(obs):
-        frame = games.games[0].render()
+        frame = None
+        with contextlib.suppress(NotImplementedError):
+            frame = games.games[0].render()
         if np.ndim(frame) != 3:
             raise mpe.UsageError(f"--env-id {games.args.env_id}: its render() gives no rgb_array")
         picture = Image.fromarray(np.uint8(frame))

@@ -57,7 +57,11 @@ if [ ! -d "$SC2PATH/Versions" ]; then
     mkdir -p "$work/game"
     unzip -q -P iagreetotheeula "$work/game.zip" -d "$work/game"
     mkdir -p "$SC2PATH"
+    mv "$work/game/StarCraftII/Versions" "$work/Versions"
     cp -r "$work/game/StarCraftII/." "$SC2PATH/"
+    rm -rf "$SC2PATH/Versions.part"  # the last, and whole: what is asked for above
+    cp -r "$work/Versions" "$SC2PATH/Versions.part"
+    mv "$SC2PATH/Versions.part" "$SC2PATH/Versions"
 fi
 git clone -q https://github.com/oxwhirl/smac.git "$work/smac"
 git -C "$work/smac" checkout -q "$SMAC_COMMIT"

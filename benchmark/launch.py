@@ -100,12 +100,12 @@ class Run:
         return any(done(path) >= 1 for path in self.folder.glob("*/progress.csv"))
 
     def command(self):
-        """What is executed: from the newest checkpoint, or, where there is none, anew."""
+        """What is executed: from the newest checkpoint, or, where there is none, anew. The flags
+        stand in both: a PettingZoo environment has to be named again."""
         saved = sorted(self.folder.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-        anew = [*self.words, "--runs-dir", str(self.folder)]
-        words = ["--resume", str(saved[-1].parent)] if saved else anew
+        begin = ["--resume", str(saved[-1].parent)] if saved else ["--runs-dir", str(self.folder)]
         python = [sys.executable, "-W", "ignore", str(ROOT / self.script)]
-        return [*python, *words, "--threads", str(self.cores)]
+        return [*python, *self.words, *begin, "--threads", str(self.cores)]
 
     def holder(self):
         """Who holds the lock: "pid@host" of the trainer, "?" before it begins, "" if nobody."""
@@ -131,9 +131,11 @@ class Run:
     def start(self, log, lock):
         """The trainer inherits the lock: it is held until the trainer itself has ended. Its own
         session keeps a Ctrl-C away; Slurm's warning, SIGUSR2 to all, is for `checkpoint`."""
-        if not (self.folder / "job.json").exists():
-            about = {"command": shlex.join(["python", self.script, *self.words])} | provenance()
-            (self.folder / "job.json").write_text(json.dumps(about, indent=2) + "\n")
+        path = self.folder / "job.json"
+        about = {"command": shlex.join(["python", self.script, *self.words])} | provenance()
+        before = json.loads(path.read_text())["commit"].split() if path.exists() else []
+        about["commit"] = " ".join(dict.fromkeys([*before, about["commit"]]))
+        path.write_text(json.dumps(about, indent=2) + "\n")
         gpu = {} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu}
         how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": ROOT}
         how |= {"env": os.environ | gpu, "pass_fds": [lock.fileno()], "start_new_session": True}

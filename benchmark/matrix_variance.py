@@ -1,6 +1,6 @@
 """Variance of the interpolated gradient on matrix games, at a fixed policy.
 
-    python benchmark/matrix_variance.py [--out-dir benchmark/results/matrix]
+    python benchmark/matrix_variance.py --out-dir runs/matrix_variance
 
 For random games of 3 agents with 5 actions, entries uniform in [0, 1], and a random policy each;
 critics (VDN, QMIX, and an unfactorised MLP) are fitted to samples of that policy. Mean and standard
@@ -33,12 +33,12 @@ SAMPLES = (32, 128, 512, 2048, 8192)  # that critics are fitted to
 @dataclass
 class Args:
     num_games: int = 10  # random games, each with a random policy
-    seeds: int = 100  # gradient estimates per game
+    seeds: int = 100  # gradient estimates per game, two or more
     nus: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # weights; 0 is needed
     critic_steps: int = 300  # of Adam, for a critic
     seed: int = 1  # of all that is random
     threads: int = 1  # CPU threads of torch
-    out_dir: str = "benchmark/results/matrix"  # where the tables go
+    out_dir: str = "runs/matrix_variance"  # where the tables go
 
 
 class JointCritic:
@@ -109,7 +109,10 @@ def main(argv=None):
     own = tyro.cli(Args, args=argv, description=__doc__)
     try:
         args = maipg.resolve(maipg.Args(**asdict(own), **SETTINGS))
-    except maipg.UsageError as error:
+        if args.seeds < 2:
+            raise maipg.UsageError("--seeds: a variance needs two")
+        Path(own.out_dir).mkdir(parents=True, exist_ok=True)
+    except (maipg.UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
@@ -124,7 +127,6 @@ def main(argv=None):
             r_vars += [(kind, count, x) for x in r_var(critic, payoffs, log_pi).tolist()]
             frozen |= {kind: critic} if count == 2048 else {}
     rows = relative_traces(payoffs, logits, frozen, args, rng)
-    Path(own.out_dir).mkdir(parents=True, exist_ok=True)
     write(f"{own.out_dir}/variance.csv", rows, "mixer", "critic", "nu")
     write(f"{own.out_dir}/r_var.csv", r_vars, "mixer", "samples")
     return 0

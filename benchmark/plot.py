@@ -11,14 +11,16 @@ goal (football) or the return (particle worlds). Nothing is evaluated before tra
     final   mean over those in the last tenth of the steps; a dash if these are fewer than 3, or
             all evaluations fewer than 20
     sampled mean return of the training episodes, over all updates: of the policy that explores
-    gain    difference to MAPPO in the same scenario with the same other settings and about as many
-            steps, seed by seed: mean over the seeds that both have
+            (QMIX and FACMAC log a mean over the last 100 episodes)
+    gain    difference to MAPPO in the same scenario with the same other settings (baselines: with
+            whatever theirs are) and about as many steps, seed by seed: mean over the seeds of both
     ahead   in how many of these pairs the area is larger than MAPPO's
-    hours   mean of the runs, which may have shared their machine; empty if unknown
+    hours   of rollouts and updates, without evaluations: mean of the runs, which may have shared
+            their machine; empty if unknown
 
 Tables give the mean over seeds and in brackets its 95 % percentile bootstrap interval, from five
 seeds on; below, a dash. It is narrow: of normal scores it holds the true mean in 85 of 100 cases
-with five seeds, in 91 with ten. Where runs that are read together differ in a setting, say the
+with five seeds, in 90 with ten. Where runs that are read together differ in a setting, say the
 learning rate, the names of their methods tell it.
 """
 
@@ -64,8 +66,9 @@ TYPES = dict.fromkeys("method scenario metric commit machine command".split(), s
 TYPES |= dict.fromkeys([*METRICS, *"charts/SPS hours value final area sampled".split()], float)
 TYPES |= dict.fromkeys(["seed", "steps", "global_step"], int)
 # Settings that MAPPO has not; and those of no effect on what is learned, or told elsewhere.
-SECOND = set("critic mu mixer q_scale td_lambda target_tau forgetting ridge".split())
-UNTOLD = set("nu resume device threads num_workers total_timesteps runs_dir track backend".split())
+SECOND = set("q_scale td_lambda target_tau forgetting ridge".split())
+UNTOLD = set("nu critic mu mixer resume device threads num_workers total_timesteps".split())
+UNTOLD |= set("runs_dir track backend".split())
 UNTOLD |= set("eval_every eval_episodes checkpoint_every log_every game_timeout".split())
 UNTOLD |= {*KEY, "map_name", "env_id", "script", "done", "job"}
 # Okabe and Ito's colours first: the colour-blind tell them apart.
@@ -102,6 +105,8 @@ def method_of(args, script):
 
 def settings_of(folder):
     """args.json of a run folder, with its method, scenario, script, job.json and share of steps."""
+    if folder.name.count("__") < 2:
+        raise ValueError(f"{folder} is not named as a run's folder, SCENARIO__SCRIPT__...")
     try:
         about = folder.parent / "job.json"
         args = json.loads((folder / "args.json").read_text())
@@ -125,7 +130,7 @@ def full_names(runs):
     names = runs["method"]
     for key in sorted(set(runs) - UNTOLD):
         alike = ["scenario", "script", "method"] if key in SECOND else ["scenario", "script"]
-        text = runs[key].astype(str)
+        text = runs[key].map(lambda x: "default" if pd.isna(x) else str(x))
         differ = text.groupby([runs[name] for name in alike]).transform("nunique") > 1
         names = names.where(~differ, names + f", {key} " + text)
     return names
@@ -163,14 +168,16 @@ def read(paths):
     FileNotFoundError: there is none. ValueError: a file is damaged, or runs cannot be pooled.
     """
     tables, found = [], {}
-    for path in paths:
+    if len(paths) > 1 and any(path.is_file() for path in paths):
+        raise ValueError("a curves.csv is read alone: its names tell what differs within it")
+    for path in map(Path.resolve, paths):
         if path.is_file():
             tables.append(read_tables(path))
         for args in sorted(path.glob("**/args.json")):
             if args.with_name("progress.csv").exists():  # the matrix games have none
                 found[args.parent] = settings_of(args.parent)
     found = {folder: settings for folder, settings in found.items() if settings["done"] >= 1}
-    names = full_names(pd.DataFrame(found.values())) if found else []
+    names = full_names(pd.DataFrame(found.values(), dtype=object)) if found else []
     for (folder, settings), name in zip(found.items(), names):
         tables.append(read_run(folder, settings | {"method": name}))
     if not tables:
@@ -250,6 +257,8 @@ def on_one_grid(rows, x):
     seeds were evaluated at different x, where all of them have been."""
     seeds = [part.sort_values(x) for _, part in rows.groupby("seed")]
     start, end = rows.groupby("seed")[x].min().max(), rows.groupby("seed")[x].max().min()
+    if start > end:
+        raise ValueError(f"--x {x}: no {x} at which all seeds of a method have been evaluated")
     grid = np.unique(rows[x])
     grid = grid[(start <= grid) & (grid <= end)]
     return grid, np.stack([np.interp(grid, part[x], part["value"]) for part in seeds])
@@ -315,8 +324,8 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
         seeds = curves.groupby(KEY[:2])["seed"].nunique().groupby("method").unique()
         names = [f"{name} ({', '.join(map(str, sorted(seeds[name])))})" for name in handles]
         figure.legend(handles.values(), names, loc="outside lower center", ncols=len(scenarios))
-        band = "mean and standard deviation" if style == "std" else "IQM and its 95 % interval"
-        figure.suptitle(f"{band} over the seeds (how many: in brackets)", fontsize=8)
+        band = {"std": "mean and standard deviation", "iqm": "IQM, from 5 seeds on its interval"}
+        figure.suptitle(f"{band[style]} over the seeds (how many: in brackets)", fontsize=8)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 

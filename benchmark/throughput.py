@@ -9,7 +9,8 @@ seconds of a rollout, and of an update with its targets; environment steps per s
 time, relative to nu = 0 in the same turn. Evaluation and log are left out. Then each method runs
 alone, as a user starts it: seconds until its first update is done, and the memory at its peak.
 
-SMAX also has JaxMARL's sizes, with its own MAPPO-RNN where flax and optax are installed.
+SMAX also has JaxMARL's sizes, with a MAPPO-RNN as JaxMARL publishes it (baselines/), where flax and
+optax are installed.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ GAMES = {"smax": "SMAXEnvs", "sc2": "SC2Envs", "mpe": "ParticleEnvs", "grf": "Fo
 METHODS = {"nu = 0": {"nu": 0}, "compatible": {}, "paper": {"critic": "paper"}}
 PEER = "JaxMARL's MAPPO"
 JAXMARL = {"rollout_steps": 128, "chunk_length": 16, "hidden_dim": 128}
-JAXMARL |= {"update_epochs": 4, "num_minibatches": 4}
+JAXMARL |= {"update_epochs": 4, "num_minibatches": 4, "backend": "smax"}
 SIZES = {  # script: {name: what differs from its defaults}
     "smac": {"defaults": {}}
     | {f"JaxMARL's, {n} games": JAXMARL | {"num_envs": n} for n in (8, 32, 128)},
@@ -105,9 +106,9 @@ def measure(script, name, size, args):
             case = script.resolve(script.Args(**settings, **own))
             games = getattr(script, GAMES[getattr(case, "backend", name)])(case)
             turns[method] = trainer(script, case, stack.enter_context(contextlib.closing(games)))
-        if size.startswith("JaxMARL") and case.backend == "smax":
+        if size.startswith("JaxMARL"):
             with contextlib.suppress(ImportError):
-                from benchmark import jaxmarl_mappo
+                from benchmark.baselines import jaxmarl_mappo
 
                 turns[PEER] = jaxmarl_mappo.trainer(case.map_name, case.num_envs)
         rounds = range(args.rounds + 1)

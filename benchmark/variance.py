@@ -295,9 +295,9 @@ def main(argv=None):
         if own.out:
             pd.concat(tables, names=["run"]).droplevel(1).to_csv(own.out)
         return 0
-    except (smac.UsageError, mpe.UsageError, smac.GameError, ArithmeticError, OSError) as error:
+    except (*evaluate.USAGE_ERRORS, *evaluate.FAILURES, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (smac.UsageError, mpe.UsageError)) else 1
+        return 2 if isinstance(error, evaluate.USAGE_ERRORS) else 1
 
 
 if __name__ == "__main__":

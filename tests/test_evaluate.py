@@ -550,6 +550,10 @@ class Steady(ParallelEnv):
 class Hidden(Steady):
     shown = False
 
+class Blind(Steady):
+    def render(self):
+        raise NotImplementedError
+
 class Endless(Steady):
     length = 10**9
     def render(self):
@@ -619,7 +623,7 @@ def test_a_film_of_pettingzoo(toy_zoo, capsys):
 
 
 def test_frames_of_an_environment_without_a_choice(toy_zoo, capsys):
-    for name in ("Steady", "Hidden"):
+    for name in ("Steady", "Hidden", "Blind"):
         save_run(name, "maipg_mpe", env_id=f"toy_zoo:{name}", continuous=True)
     words = ["--episodes", "1", "--capture-video", "--env-id"]
     assert evaluate.main(["Steady", *words, "toy_zoo:Steady"]) == 0
@@ -628,7 +632,8 @@ def test_frames_of_an_environment_without_a_choice(toy_zoo, capsys):
     for t, frame in enumerate(frames):  # the last one twice
         assert abs(frame[films.HEAD :] - 40 * min(t, 5)).max() < 8
     capsys.readouterr()
-    refused(["Hidden", *words, "toy_zoo:Hidden"], "gives no rgb_array", Path("Hidden"), capsys)
+    for name in ("Hidden", "Blind"):
+        refused([name, *words, f"toy_zoo:{name}"], "gives no rgb_array", Path(name), capsys)
 
 
 def test_an_episode_without_end(toy_zoo):

@@ -72,6 +72,22 @@ def test_starcraft_names_the_one_thing_to_mend(tmp_path):
     assert f"export SC2PATH={home}" in text
 
 
+def test_a_copy_of_starcraft_that_breaks_off_is_none(tmp_path):
+    """An interrupted copy has no Versions: the next call copies again."""
+    home, bin = tmp_path / "home", tmp_path / "bin"
+    tool(bin, "curl", "exit 0")
+    tool(bin, "unzip", "cd $6 && mkdir -p StarCraftII/Versions/Base75689 StarCraftII/Maps")
+    tool(bin, "git", "exit 3")  # the copy is done
+    tool(bin, "cp", 'case "$2" in *Versions*) mkdir "$3"; exit 4;; esac; exec /bin/cp "$@"')
+    env = {"PATH": f"{bin}:{os.environ['PATH']}", "AGREE_TO_EULA": "1"}
+    assert run(ROOT / "benchmark/install_sc2.sh", home, **env)[0] == 4
+    assert {path.name for path in home.iterdir()} == {"Maps", "Versions.part"}
+    (bin / "cp").unlink()
+    assert run(ROOT / "benchmark/install_sc2.sh", home, **env)[0] == 3
+    assert {path.name for path in home.iterdir()} == {"Maps", "Versions"}
+    assert (home / "Versions/Base75689").is_dir()
+
+
 def test_starcraft_wants_its_licence_accepted(tmp_path):
     code, text = run(ROOT / "benchmark/install_sc2.sh", tmp_path / "game", AGREE_TO_EULA="0")
     assert code == 2 and "AGREE_TO_EULA=1" in text and not list(tmp_path.iterdir())

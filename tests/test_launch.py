@@ -266,6 +266,25 @@ def test_runs_then_skips_what_is_finished(tmp_path, capfd):
     assert "2 runs, 2 finished before" in capfd.readouterr().out
 
 
+def test_a_run_goes_on_with_its_flags_and_tells_all_commits(tmp_path, monkeypatch):
+    """A PettingZoo environment has to be named again."""
+    folder = tmp_path / "run"
+    (folder / "x").mkdir(parents=True)
+    (folder / "x/checkpoint.pt").touch()
+    run = launch.Run(TRAINER, ("--map-name", "3m", "--seed", "1", "--steps", "5"), folder, 1)
+    words = run.command()
+    assert words[words.index("--resume") + 1] == str(folder / "x") and "--runs-dir" not in words
+    assert all(word in words for word in run.words)
+    shutil.rmtree(folder / "x")
+    for commit, told in ("a", "a"), ("a", "a"), ("b", "a b"):
+        about = {"commit": commit, "machine": "m", "torch": "t"}
+        monkeypatch.setattr(launch, "provenance", about.copy)
+        run()
+        assert json.loads((folder / "job.json").read_text())["commit"] == told
+        for path in folder.glob("*/progress.csv"):
+            path.unlink()
+
+
 def test_a_failed_run_is_named_and_a_killed_one_goes_on(tmp_path):
     out = tmp_path / "grid"
     launcher = start(out, "--jobs", "2", seeds=("1",), maps=("3m", "nowhere"))

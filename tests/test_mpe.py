@@ -144,10 +144,16 @@ def test_gaussian_policies():
     np.testing.assert_allclose(pi.log_prob(actions).detach(), expected, atol=1e-5)
     entropy = (np.log(std) + np.log(2 * np.pi * np.e) / 2).sum()
     np.testing.assert_allclose(pi.entropy().detach(), np.full((4, 3), entropy), atol=1e-5)
-    many = maipg.distribution(policy, out.expand(20000, 4, 3, 2), None)
+    many = torch.ones(20000, 4, 3, 2, dtype=torch.bool)
+    many = maipg.distribution(policy, out.expand(many.shape), many)
     many = maipg.sample(many, torch.Generator().manual_seed(2)).detach().numpy()
     np.testing.assert_allclose(many.mean(0), mean, atol=0.05)
     np.testing.assert_allclose(many.std(0), np.broadcast_to(std, (4, 3, 2)), atol=0.05)
+    # No critic can move the mean of who has left.
+    avail = torch.ones(4, 3, 2, dtype=torch.bool)
+    avail[:, 1] = False
+    maipg.distribution(policy, out.requires_grad_(), avail).mean.sum().backward()
+    assert (out.grad[:, 1] == 0).all() and (out.grad[:, ::2] > 0).all()
 
 
 def test_discrete_policies():
@@ -505,7 +511,43 @@ def test_nan_stops_the_run_before_the_weights(tmp_path, monkeypatch, capsys):
     assert (path / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("words", ["", "--continuous"])
+def test_weights_that_explode_are_not_saved(words, tmp_path, capsys):
+    words += f" --learning-rate 1e6 --runs-dir {tmp_path} --total-timesteps {9 * STEP}"
+    assert call(TINY, words, "--checkpoint-every 99") == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: not finite")
+    assert not list(tmp_path.glob("*/checkpoint.pt"))
+
+
+def test_random_streams_are_separate(monkeypatch, tmp_path):
+    seeds, rollout = [], maipg.rollout
+
+    def spy(policy, envs, buffer, now, steps, rng=None):
+        seeds.extend([envs.rng.initial_seed(), rng.initial_seed()] if rng else [])
+        return rollout(policy, envs, buffer, now, steps, rng)
+
+    monkeypatch.setattr(maipg, "rollout", spy)
+    train(tmp_path, f"--total-timesteps {STEP}")
+    assert seeds[0] == 1 and seeds[1] == 1 + 10**9
+
+
+def test_no_evaluation_begins_after_a_signal(tmp_path, monkeypatch):
+    rollout = maipg.rollout
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return rollout(*args)
+
+    monkeypatch.setattr(maipg, "rollout", signalled)
+    monkeypatch.setattr(maipg, "evaluate", lambda *_: pytest.fail("it begins"))
+    assert call(TINY, f"--runs-dir {tmp_path} --total-timesteps {STEP}") == 128 + 15
+    (path,) = tmp_path.iterdir()
+    assert len(rows(path)) == 1
+
+
 BAD = [
+    ("--gamma 1.5", "gamma"),
+    ("--forgetting 2", "forgetting"),
     ("--critic compatible --mixer joint", "only with --critic paper"),
     ("--critic compatible --mixer qmix", "only with --critic paper"),
     ("--q-scale raw", "only with --critic paper"),

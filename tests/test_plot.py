@@ -94,6 +94,16 @@ def test_one_evaluation_is_enough(tmp_path, x):
     assert row["area"] == 0.5 and math.isnan(row["final"])
 
 
+def test_seeds_without_a_common_hour(tmp_path, capsys):
+    for seed, scale in (1, 1), (2, 50):
+        folder = run_folder(tmp_path, seed, [0.5] * 3)
+        text = (folder / "progress.csv").read_text()
+        text = text.replace(",100\n", f",{100 * scale}\n").replace(",50\n", f",{50 * scale}\n")
+        (folder / "progress.csv").write_text(text)
+    assert plot.main([str(tmp_path), "--x", "hours", "--out", str(tmp_path / "out")]) == 2
+    assert "error: --x hours: no hours" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------ names
 NAMES = [  # args, name in figures and tables
     ({"nu": 0.0, "mixer": "qmix", "critic": "paper", "mu": "gumbel"}, "MAPPO"),
@@ -142,11 +152,30 @@ def test_names_tell_the_settings_that_differ(tmp_path):
     assert pairs["MAIPG 0.4 compatible, learning_rate 0.0005, ridge 0.1"] == ""  # no such MAPPO
 
 
+def test_names_tell_a_setting_that_was_left_open(tmp_path):
+    """None is a setting like others."""
+    run_folder(tmp_path, 1, [0.5], critic_epochs=None)
+    run_folder(tmp_path, 1, [0.9], critic_epochs=20)
+    run_folder(tmp_path, 1, [0.7], nu=0.4, critic_epochs=20)
+    run_folder(tmp_path, 1, [0.7], script="qmix", rollout_steps=400)  # the others have none
+    runs, _ = plot.read([tmp_path])
+    assert sorted(runs["method"]) == [
+        "MAIPG 0.4 qmix, critic_epochs 20",
+        "MAPPO, critic_epochs 20",
+        "MAPPO, critic_epochs default",
+        "QMIX",
+    ]
+    gains = plot.comparison(runs).set_index("method")["area_gain"]
+    assert gains["MAIPG 0.4 qmix, critic_epochs 20"] == pytest.approx(-0.2)
+
+
 def test_names_are_short_where_nothing_differs(tmp_path):
     run_folder(tmp_path, 1, [0.5], gamma=0.99, mixer="vdn")  # MAPPO builds no mixer
     run_folder(tmp_path, 2, [0.5], gamma=0.99, threads=2)
     run_folder(tmp_path, 1, [0.5], gamma=0.9, map_name="8m")  # another scenario
     run_folder(tmp_path, 1, [0.5], gamma=0.99, nu=0.4, td_lambda=0.5)
+    # --mixer qmix, or --critic paper alone: the same.
+    run_folder(tmp_path, 2, [0.5], gamma=0.99, nu=0.4, td_lambda=0.5, mixer=None)
     assert set(plot.read([tmp_path])[0]["method"]) == {"MAPPO", "MAIPG 0.4 qmix"}
 
 
@@ -423,7 +452,17 @@ BAD = {  # what is wrong: (paths and words, what is done to sound files, words o
     "word for a score": ([CSV], spoil(CSV, old=",0.25\n", new=",good\n"), "good"),
     "empty method": ([CSV], spoil(CSV, old="MAPPO", new=""), "line 2 is incomplete"),
     "too many cells": ([CSV], spoil(CSV, old=",0.25\n", new=",0.25,1,1\n"), "line 3"),
-    "one run twice": ([CSV, "runs"], None, "runs of one seed"),
+    "one run twice": (
+        ["."],
+        lambda place: shutil.copytree(place / "runs", place / "y"),
+        "one seed",
+    ),
+    "runs beside a CSV": ([CSV, "runs"], None, "a curves.csv is read alone"),
+    "renamed run": (
+        ["runs"],
+        lambda place: (place / "runs" / RUN).rename(place / "runs/best"),
+        "best is not named as a run's folder",
+    ),
     "unknown metric": (["runs", "--metrics", "beauty"], None, "beauty"),
     "unknown hours": ([CSV, "--x", "hours"], spoil(CSV, old="hours", new="h"), "hours"),
     "no evaluation": (["runs"], spoil(PROGRESS, old="eval/win_rate", new="x"), "no evaluation"),

@@ -163,7 +163,8 @@ OWN = """
 --num-envs 0; --rollout-steps -20; --total-timesteps 0; --update-epochs 0; --critic-epochs -1
 --hidden-dim 0; --threads 0; --threads 99999999999; --seed -1; --eval-episodes 0; --eval-every 0
 --checkpoint-every 0; --learning-rate -0.001; --learning-rate nan; --max-grad-norm inf
---ent-coef -0.1; --clip-eps -0.2; --gae-lambda -1; --ridge 0; --game-timeout -1; --nu nan
+--ent-coef -0.1; --clip-eps -0.2; --gae-lambda -1; --gae-lambda 1.5; --gamma 99
+--td-lambda 2; --target-tau 5; --forgetting 1.01; --ridge 0; --game-timeout -1; --nu nan
 --nu inf; --nu 1.01; --nu -0.1; --chunk-length 7 -> --chunk-length --rollout-steps
 --chunk-length 0; --chunk-length 40 -> --chunk-length --rollout-steps; --num-minibatches 0
 --num-minibatches 3 -> minibatches; --num-minibatches 8 -> minibatches
@@ -371,6 +372,13 @@ def test_resume_of_a_finished_run_changes_nothing_learned(fresh, whole, capfd):
     assert rows(fresh) == rows(whole("vdn", 1))
 
 
+def test_resume_of_a_copied_checkpoint_begins_a_new_table(fresh, tmp_path):
+    (tmp_path / "copy").mkdir()
+    shutil.copy(fresh / "checkpoint.pt", tmp_path / "copy")
+    assert call(f"--resume {tmp_path / 'copy'} --total-timesteps {2 * STEP}") == 0
+    assert [row["global_step"] for row in rows(tmp_path / "copy")] == [str(2 * STEP)]
+
+
 # ------------------------------------------------------------------------------------------ signals
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_the_update_and_saves(number, whole, tmp_path, monkeypatch, capfd):
@@ -394,6 +402,32 @@ def test_a_signal_ends_the_update_and_saves(number, whole, tmp_path, monkeypatch
     assert call(f"--resume {path}") == 0
     assert differing(whole("paper"), path, *LEARNED) == []
     assert untimed(whole("paper")) == untimed(path)
+
+
+def test_no_evaluation_begins_after_a_signal(fresh, monkeypatch):
+    rollout = maipg.rollout
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return rollout(*args)
+
+    monkeypatch.setattr(maipg, "rollout", signalled)
+    monkeypatch.setattr(maipg, "evaluate", lambda *_: pytest.fail("it begins"))
+    assert call(f"--resume {fresh} --total-timesteps {2 * STEP}") == 128 + 15
+    check_progress(fresh, 2 * STEP)
+
+
+def test_a_game_that_fails_after_a_signal_ends_the_run(fresh, monkeypatch, capfd):
+    """No new games: a signal may have been for all processes."""
+
+    def fail(envs, actions):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise maipg.GameError("gone")
+
+    monkeypatch.setattr(SMAX, "step", fail)
+    assert call(f"--resume {fresh} --total-timesteps {2 * STEP}") == 1
+    assert the_error(capfd.readouterr().err) == "error: gone\n"
+    check_progress(fresh, STEP)
 
 
 def test_a_second_signal_ends_at_once_and_saves_no_half_update(fresh, capfd):

@@ -730,8 +730,10 @@ def test_the_tables_of_games(tmp_path, monkeypatch, capsys):
         ("--nus 0.5", "--nus"),
         ("--num-games 1", "--num_games"),
         ("--seeds 0", "--seeds"),
+        ("--seeds 1", "--seeds"),
+        (f"--out-dir {tmp_path}/x.csv/bad", "x.csv"),
     ):
-        assert matrix_variance.main([*bad.split(), "--out-dir", str(tmp_path / "bad")]) == 2
+        assert matrix_variance.main(["--out-dir", str(tmp_path / "bad"), *bad.split()]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and about in error
     assert sorted(tmp_path.rglob("*")) == before

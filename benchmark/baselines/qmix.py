@@ -313,7 +313,7 @@ def train(args, envs, stopped=(), agent_class=Agent):
                 start, first, history = time.perf_counter(), progress["step"], []
                 end = min(first + args.log_every, args.total_timesteps)
                 while progress["step"] < end and not stopped:
-                    episodes = smac.with_retries(functools.partial(gather, end), progress)
+                    episodes = smac.with_retries(functools.partial(gather, end), progress, stopped)
                     if len(replay.episodes) >= args.batch_episodes:
                         history += [learn() for _ in range(episodes)]
                 seconds, step = time.perf_counter() - start, progress["step"]
@@ -324,13 +324,13 @@ def train(args, envs, stopped=(), agent_class=Agent):
                 due = step // args.eval_every > first // args.eval_every
                 if due or step >= args.total_timesteps:
                     log.bar.set_postfix_str("evaluating")
-                    metrics |= smac.with_retries(judge, progress)
+                    metrics |= {} if stopped else smac.with_retries(judge, progress, stopped)
                 log.write(step, metrics)
                 progress["rows"] += 1
                 if progress["rows"] % args.checkpoint_every == 0:
                     save()
         finally:
-            # Whatever ends the run, keep what is sound.
+            # Whatever else ends a run: save.
             if not isinstance(sys.exception(), FloatingPointError | SystemExit):
                 save()
     if stopped:
