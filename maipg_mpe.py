@@ -13,9 +13,9 @@ mu(s): pi's mean: its probabilities, or a Gaussian's mean; or, by --mu gumbel, a
 
     --critic compatible   The default, Proposition 5: q_tot is linear in the policy's own features,
                           fitted to the team's A by least squares. q_scale = 1 / live agents.
-                          Continuous actions: of a_i - mu_i (Proposition 6, without the slope
-                          of tanh). The deviation has no second gradient: with nu = 1 only the
-                          entropy bonus moves it.
+                          Continuous actions: linear in a_i - mu_i as well, Proposition 6, but
+                          without the slope of tanh. The deviation has no second gradient: with
+                          nu = 1 only the entropy bonus moves it.
     --critic paper        Algorithm 1: utility networks, mixed by QMIX or VDN, regressed on
                           `td_lambda` targets. q_scale = 1 / (live agents * sigma_A).
 

@@ -131,10 +131,11 @@ class Run:
     def start(self, log, lock):
         """The trainer inherits the lock: it is held until the trainer itself has ended. Its own
         session keeps a Ctrl-C away; Slurm's warning, SIGUSR2 to all, is for `checkpoint`."""
-        path = self.folder / "job.json"
+        path, commits = self.folder / "job.json", []
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
+            commits = json.loads(path.read_text())["commit"].split()
         about = {"command": shlex.join(["python", self.script, *self.words])} | provenance()
-        before = json.loads(path.read_text())["commit"].split() if path.exists() else []
-        about["commit"] = " ".join(dict.fromkeys([*before, about["commit"]]))
+        about["commit"] = " ".join(dict.fromkeys([*commits, about["commit"]]))
         path.write_text(json.dumps(about, indent=2) + "\n")
         gpu = {} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu}
         how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": ROOT}

@@ -511,7 +511,7 @@ def test_nan_stops_the_run_before_the_weights(tmp_path, monkeypatch, capsys):
     assert (path / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("words", ["", "--continuous"])
+@pytest.mark.parametrize("words", ["", "--continuous", "--continuous --scenario line"])
 def test_weights_that_explode_are_not_saved(words, tmp_path, capsys):
     words += f" --learning-rate 1e6 --runs-dir {tmp_path} --total-timesteps {9 * STEP}"
     assert call(TINY, words, "--checkpoint-every 99") == 1
