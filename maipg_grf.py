@@ -567,7 +567,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
     saved = load_checkpoint(args.resume, type(args)) if args.resume else {}
     progress = saved.get("progress", {"step": 0, "restarts": 0, "csv_size": 0})
     torch.manual_seed(args.seed)
-    # Unless stored, games go on with new episodes.
+    # Unless stored, games have new episodes.
     now, buffer, rngs = begin(envs, args.seed + progress["step"], args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
@@ -643,7 +643,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
 # ------ evaluation
 def evaluate(policy, envs, seed, args, stopped=()):
     """Win rate (a goal is scored) over greedy episodes, each by its own flag. All games play as
-    many: the first to end would be short ones."""
+    many: the episodes that end first are short ones."""
     now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
     played, buffer, wins, returns = now["keep"], {}, [], []
     while (played < share).any() and not stopped:

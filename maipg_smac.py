@@ -565,7 +565,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
     saved = load_checkpoint(args.resume, type(args)) if args.resume else {}
     progress = saved.get("progress", {"step": 0, "restarts": 0, "csv_size": 0})
     torch.manual_seed(args.seed)
-    # Unless stored, games go on with new episodes.
+    # Unless stored, games have new episodes.
     now, buffer, rngs = begin(envs, args.seed + progress["step"], args), {}, {}
     agent = agent_class(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
@@ -645,7 +645,7 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
 # ------ evaluation
 def evaluate(policy, envs, seed, args, stopped=()):
     """SMAC's protocol: win rate over greedy episodes, each by its own flag. All games play as
-    many: the first to end would be short ones."""
+    many: the episodes that end first are short ones."""
     now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
     played, buffer, wins, returns = now["keep"], {}, [], []
     while (played < share).any() and not stopped:
@@ -855,7 +855,7 @@ class SC2Envs:
         return torch.cat([obs, index], -1), *others
 
     def close(self):
-        """The workers end with their pipes; if they hang, by force."""
+        """Workers end with their pipes; what they leave is killed."""
         for pipe in self.workers:
             pipe.close()
         for worker in self.workers.values():
