@@ -25,6 +25,7 @@ learning rate, the names of their methods tell it.
 """
 
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -299,15 +300,20 @@ def panel(axis, part, looks, x, style):
 
 
 def draw(curves, path, metrics=None, x="global_step", style="std"):
-    """One panel per metric (down; "score": the scenario's own) and scenario (across), one line per
-    method."""
+    """One panel per metric (down; "score": the scenario's own) and scenario (across; many, of one
+    metric: in two rows), one line per method."""
     scenarios, metrics = sorted(set(curves["scenario"])), metrics or ["score"]
-    width = 3.6 if len(scenarios) < 3 else 2.6
-    size = (1.4 + width * len(scenarios), 1.4 + 2.6 * len(metrics))
+    panels, columns = [*product(metrics, scenarios)], len(scenarios)
+    if len(metrics) == 1 and columns > 5:
+        columns = math.ceil(columns / 2)
+    rows, width = math.ceil(len(panels) / columns), 3.6 if columns < 3 else 2.6
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(len(metrics), len(scenarios), figsize=size, squeeze=False)
+        size = (1.4 + width * columns, 1.4 + 2.6 * rows)
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
         figure.set_layout_engine("constrained")
-        for axis, (metric, scenario) in zip(axes.flat, product(metrics, scenarios)):
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        for axis, (metric, scenario) in zip(axes.flat, panels):
             part = curves[curves["scenario"] == scenario]
             have = [*part["metric"].unique()]
             if metric == "score":
@@ -323,7 +329,7 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
         handles = {name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels())}
         seeds = curves.groupby(KEY[:2])["seed"].nunique().groupby("method").unique()
         names = [f"{name} ({', '.join(map(str, sorted(seeds[name])))})" for name in handles]
-        figure.legend(handles.values(), names, loc="outside lower center", ncols=len(scenarios))
+        figure.legend(handles.values(), names, loc="outside lower center", ncols=columns)
         band = {"std": "mean and standard deviation", "iqm": "IQM, from 5 seeds on its interval"}
         figure.suptitle(f"{band[style]} over the seeds (how many: in brackets)", fontsize=8)
         figure.savefig(path, dpi=150)
