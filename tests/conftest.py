@@ -1,10 +1,29 @@
 """What several files of tests use."""
 
 import copy
+import os
+import signal
 
 import pytest
 
 import maipg_smac as smac
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """signalled(script): a signal comes before each of its rollouts; no evaluation may follow."""
+
+    def patch(script):
+        rollout = script.rollout
+
+        def after_a_signal(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return rollout(*args)
+
+        monkeypatch.setattr(script, "rollout", after_a_signal)
+        monkeypatch.setattr(script, "evaluate", lambda *_: pytest.fail("an evaluation begins"))
+
+    return patch
 
 
 @pytest.fixture(scope="module")

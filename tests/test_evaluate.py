@@ -551,8 +551,7 @@ class Hidden(Steady):
     shown = False
 
 class Blind(Steady):
-    def render(self):
-        raise NotImplementedError
+    render = ParallelEnv.render
 
 class Endless(Steady):
     length = 10**9

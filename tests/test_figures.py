@@ -194,13 +194,14 @@ def test_matrix_games(name, files, tmp_path):
 
 def test_throughput(tmp_path, capsys):
     out = tmp_path / "new" / "t.csv"
-    words = ["--scripts", "mpe", "--smoke", "--rounds", "2", "--out", str(out)]
+    words = ["--scripts", "mpe", "--smoke", "--rounds", "1", "--out", str(out)]
     assert throughput.main(words) == 0
     assert f"torch {torch.__version__}, threads: 1" in capsys.readouterr().out
     table = pd.read_csv(out).set_index("method")
     assert list(table.index) == ["nu = 0", "compatible", "paper"]
     assert set(table["script"]) == {"mpe"} and set(table["size"]) == {"smoke"}
-    assert table.loc["nu = 0", "ratio"] == 1 and table.loc["paper", "ratio"] > 0
+    seconds = table["rollout_s"] + table["update_s"]
+    assert table["ratio"].to_numpy() == pytest.approx(seconds / seconds["nu = 0"], rel=0.01)
     seconds = table["rollout_s"] + table["update_s"]
     assert (table["steps_per_s"] * seconds / (2 * 25) - 1).abs().max() < 0.5  # medians each
     assert table[["rollout_s", "update_s"]].min().min() > 0
@@ -213,10 +214,12 @@ def test_throughput_sizes():
     """Each fits its script; JaxMARL's own trainer is timed at JaxMARL's sizes."""
     for name, sizes in throughput.SIZES.items():
         script = importlib.import_module(f"maipg_{name}")
-        for size in [*sizes.values(), throughput.SMOKE]:
+        for what, size in (sizes | {"smoke": throughput.SMOKE}).items():
             for method in throughput.METHODS.values():
                 case = script.resolve(script.Args(**size, **method, device="cpu"))
                 assert (case.nu == 0) == (method == {"nu": 0})
+                # Even where StarCraft II is installed.
+                assert "JaxMARL" not in what or size["backend"] == "smax"
 
 
 def test_jaxmarl_mappo():

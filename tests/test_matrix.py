@@ -250,6 +250,20 @@ def test_table_5(tmp_path, capsys):
     assert "stderr" in capsys.readouterr().out
 
 
+def test_table_5_tells_payoffs_apart_that_are_nearly_the_same(tmp_path):
+    greedy = np.float32([[[1.00004, 1.0, 0.1, 3e-5]]])
+    args = maipg.Args(nus=(0.0,), seeds=4)
+    maipg.table_5("own", greedy, args, tmp_path)
+    (row,) = rows(tmp_path / "own.csv")
+    assert [row[f"seed_{k}"] for k in range(1, 5)] == ["1.00004", "1.0", "0.1", "3e-05"]
+    assert [key for key in row if key.startswith("count_")] == [
+        "count_1.00004",
+        "count_1",
+        "count_0.1",
+        "count_3e-05",
+    ]
+
+
 def test_the_stored_table_5_is_reproduced(tmp_path):
     """Its own command: nu by nu and seed by seed, but for rounding on another machine."""
     stored = Path(__file__).parent.parent / "benchmark/results/matrix/table5a-vdn.csv"
