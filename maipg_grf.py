@@ -200,7 +200,7 @@ class Mixer(nn.Module):
             self.w_2 = hypernetwork(state_dim, dim, dim)
 
     def weights(self, state):
-        """What q_tot takes from the state [..., S]: computed once, for all actions."""
+        """What q_tot takes from the state [..., S], once for all actions."""
         s = self.norm(state)
         value = self.value(s).squeeze(-1)
         if self.kind == "vdn":
@@ -642,8 +642,8 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
 
 # ------ evaluation
 def evaluate(policy, envs, seed, args, stopped=()):
-    """Win rate (a goal is scored) over greedy episodes, each by its own flag. All games play as
-    many: the episodes that end first are short ones."""
+    """Share of greedy episodes with a goal. All games play as many: those that end first are
+    short."""
     now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
     played, buffer, wins, returns = now["keep"], {}, [], []
     while (played < share).any() and not stopped:
@@ -719,7 +719,7 @@ def load_checkpoint(folder, args_class=Args):
 
 
 # ------ environments
-# N games behind one interface, tensors on the training device:
+# N games; tensors on the training device:
 #     obs, state, avail = envs.reset(seed)  # new games: [N, n, O], [N, S], bool [N, n, A]
 #     obs, state, avail, reward, done, won = envs.step(actions)  # the last three [N]
 # After an episode the next one has begun. obs is simple115v2, which tells an agent who it is; state

@@ -200,7 +200,7 @@ class Mixer(nn.Module):
             self.w_2 = hypernetwork(state_dim, dim, dim)
 
     def weights(self, state):
-        """What q_tot takes from the state [..., S]: computed once, for all actions."""
+        """What q_tot takes from the state [..., S], once for all actions."""
         s = self.norm(state)
         value = self.value(s).squeeze(-1)
         if self.kind == "vdn":
@@ -686,8 +686,8 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
 
 # ------ evaluation
 def evaluate(policy, envs, seed, args, stopped=()):
-    """Mean return of greedy episodes. All games play as many: the episodes that end first
-    are short ones."""
+    """Mean return of greedy episodes. All games play as many: those that end first are
+    short."""
     now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
     played, buffer, returns = now["keep"], {}, []
     while (played < share).any() and not stopped:
@@ -761,7 +761,7 @@ def load_checkpoint(folder, args_class=Args):
 
 
 # ------ environments
-# N games behind one interface, tensors on the training device:
+# N games; tensors on the training device:
 #     obs, state, avail = envs.reset(seed)  # new games: [N, n, O], [N, S], bool [N, n, A]
 #     obs, state, avail, reward, done = envs.step(actions)  # [N, n, A]; the last two [N]
 # After an episode the next one has begun. obs ends with the agent's index; the reward is the mean

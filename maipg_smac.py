@@ -21,7 +21,7 @@ L steps in a chunk, B chunks in a minibatch. `global_step` counts environment st
 
     python maipg_smac.py --map-name 2s3z --nu 0.4          # train
     python maipg_smac.py --resume RUN_DIR                  # go on
-    python benchmark/evaluate.py RUN_DIR --capture-video   # greedy win rate, and a film
+    python benchmark/evaluate.py RUN_DIR --capture-video   # win rate, film
 """
 
 import contextlib
@@ -37,7 +37,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -198,7 +198,7 @@ class Mixer(nn.Module):
             self.w_2 = hypernetwork(state_dim, dim, dim)
 
     def weights(self, state):
-        """What q_tot takes from the state [..., S]: computed once, for all actions."""
+        """What q_tot takes from the state [..., S], once for all actions."""
         s = self.norm(state)
         value = self.value(s).squeeze(-1)
         if self.kind == "vdn":
@@ -644,8 +644,8 @@ def train(args, envs, stopped=(), agent_class=Agent, update=update):
 
 # ------ evaluation
 def evaluate(policy, envs, seed, args, stopped=()):
-    """SMAC's protocol: win rate over greedy episodes, each by its own flag. All games play as
-    many: the episodes that end first are short ones."""
+    """SMAC's protocol: win rate over greedy episodes. All games play as many: those that end
+    first are short."""
     now, share = begin(envs, seed, args), math.ceil(args.eval_episodes / args.num_envs)
     played, buffer, wins, returns = now["keep"], {}, [], []
     while (played < share).any() and not stopped:
@@ -721,21 +721,25 @@ def load_checkpoint(folder, args_class=Args):
 
 
 # ------ environments
-# N games behind one interface, tensors on the training device:
+# N games; tensors on the training device:
 #     obs, state, avail = envs.reset(seed)  # new games: [N, n, O], [N, S], bool [N, n, A]
 #     obs, state, avail, reward, done, won = envs.step(actions)  # the last three [N]
 # After an episode the next one has begun. obs ends with the agent's index; a dead agent sees
 # nothing else, and has only its no-op. A copy of envs, once reset, has its own games.
 class SMAXEnvs:
-    """JaxMARL's HeuristicEnemySMAX: N games in one jitted call a step, with its auto-reset."""
+    """JaxMARL's HeuristicEnemySMAX with its auto-reset: N games in one jitted call."""
 
     def __init__(self, args):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax
 
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/maipg"))
-        import jax.numpy as jnp
-        from jaxmarl.environments import smax  # compiles
+
+        # Without its other environments: they take 4 s.
+        for name in ["jaxmarl", "jaxmarl.environments"]:
+            if spec := find_spec(name):
+                sys.modules.setdefault(name, module_from_spec(spec))
+        from jaxmarl.environments import smax
 
         maps = smax.smax_env.MAP_NAME_TO_SCENARIO
         if args.map_name not in maps:
@@ -743,18 +747,16 @@ class SMAXEnvs:
         print(f"compiling SMAX for {jax.default_backend()}", flush=True)
         env = smax.HeuristicEnemySMAX(scenario=maps[args.map_name])
 
-        def stack(x):
-            return jnp.stack([x[name] for name in env.agents])
-
         def look(obs, game):
-            own = jnp.concatenate([stack(obs), jnp.eye(env.num_agents)], -1)
+            stack = lambda x: jax.numpy.stack([x[name] for name in env.agents])
+            own = jax.numpy.concatenate([stack(obs), np.eye(env.num_agents)], -1)
             return own, obs["world_state"], stack(env.get_avail_actions(game)) > 0
 
         def reset(seed):
             key, reset_key = jax.random.split(jax.random.PRNGKey(seed))
             obs, game = env.reset(reset_key)
             # Strong types, or step compiles twice.
-            game = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), game)
+            game = jax.tree.map(lambda x: x.astype(x.dtype), game)
             return (key, game), look(obs, game)
 
         def step(state, moves):
@@ -769,8 +771,7 @@ class SMAXEnvs:
         self.step(self.reset(0)[2].int().argmax(-1))  # compiles
 
     def reset(self, seed):
-        seeds = np.arange(self.args.num_envs, dtype=np.int32) * 1000 + seed
-        self.games, seen = self._reset(seeds)
+        self.games, seen = self._reset(seed + 1000 * np.arange(self.args.num_envs))
         return self._torch(seen)
 
     def step(self, actions):
@@ -793,7 +794,7 @@ class SMAXEnvs:
 
 def play_sc2(pipe, map_name, seed):
     """One game in a process of its own, which ends on any fault. smac's reset() is called once
-    per episode: a second call breaks it, or scales rewards down."""
+    an episode: a second one breaks it."""
     os.setsid()  # a group, to be killed
     from smac.env import StarCraft2Env
 
@@ -805,7 +806,7 @@ def play_sc2(pipe, map_name, seed):
                 env.reset()
             obs, state = np.float32(env.get_obs()), np.float32(env.get_state())
             avail = np.array(env.get_avail_actions()) > 0
-            # All dead: smac did not restart the game.
+            # All dead: it did not.
             if avail[:, 0].all():
                 raise RuntimeError("the game did not restart")
             pipe.send((obs, state, avail, np.float32(reward), done, won))
@@ -817,7 +818,7 @@ def play_sc2(pipe, map_name, seed):
 
 
 class SC2Envs:
-    """StarCraft II by oxwhirl's smac, N games in a spawned process each."""
+    """StarCraft II by oxwhirl's smac, a spawned process per game."""
 
     def __init__(self, args):
         self.args, self.workers = args, {}

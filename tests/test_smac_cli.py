@@ -240,12 +240,17 @@ def test_importing_does_nothing_and_bad_input_in_a_process_of_its_own(tmp_path):
     code += "assert not {'jax', 'jaxmarl', 'smac', 'wandb'} & set(sys.modules)\n"
     code += "assert before == handlers()\n"
     code += "assert maipg_smac.main(['--nu', '2', '--backend', 'smax']) == 2\n"
+    # JaxMARL's other environments take seconds.
+    code += "assert maipg_smac.main(['--map-name', 'no_map', '--backend', 'smax']) == 2\n"
+    code += "assert 'jaxmarl.environments.smax' in sys.modules\n"
+    code += "assert not {'matplotlib', 'jaxmarl.environments.storm'} & set(sys.modules)\n"
     code += "maipg_smac.main(['--no-such-flag'])\n"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    own, *tyro = done.stderr.splitlines()
+    own, map_name, *tyro = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "") and not list(tmp_path.iterdir())
     assert own.startswith("error: --nu 2") and "--no-such-flag" in "".join(tyro), done.stderr
+    assert map_name.startswith("error: --map-name no_map: one of 3m 2s3z"), done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -253,6 +258,14 @@ def test_track_without_wandb(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert call(TINY, f"--track --total-timesteps {STEP} --runs-dir {tmp_path}") in (1, 2)
     assert "wandb" in the_error(capfd.readouterr().err)
+
+
+def test_smax_without_jaxmarl(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(maipg, "SMAXEnvs", SMAX)
+    monkeypatch.setitem(sys.modules, "jaxmarl", None)
+    monkeypatch.delitem(sys.modules, "jaxmarl.environments", raising=False)
+    assert call(TINY, f"--total-timesteps {STEP} --runs-dir {tmp_path}") == 1
+    assert "jaxmarl" in the_error(capfd.readouterr().err) and not list(tmp_path.iterdir())
 
 
 def test_help_names_every_flag_and_map(capsys):
