@@ -735,7 +735,7 @@ class SMAXEnvs:
 
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/maipg"))
 
-        # Without its other environments: they take 4 s.
+        # Empty packages: JaxMARL's environments take 4 s.
         for name in ["jaxmarl", "jaxmarl.environments"]:
             if spec := find_spec(name):
                 sys.modules.setdefault(name, module_from_spec(spec))
@@ -806,7 +806,7 @@ def play_sc2(pipe, map_name, seed):
                 env.reset()
             obs, state = np.float32(env.get_obs()), np.float32(env.get_state())
             avail = np.array(env.get_avail_actions()) > 0
-            # All dead: it did not.
+            # All dead: no new game.
             if avail[:, 0].all():
                 raise RuntimeError("the game did not restart")
             pipe.send((obs, state, avail, np.float32(reward), done, won))
