@@ -730,6 +730,15 @@ def test_chunks_repeat_the_rollout_of_smax(smax):
     check_rollouts(play(smax, num_envs=2, rollout_steps=40))
 
 
+def test_smax_compiles_once(smax):
+    """Games that have just begun, and those that go on, have the same types."""
+    for seed in (0, 1):
+        avail = smax.reset(seed)[2]
+        for _ in range(2):
+            avail = smax.step(avail.int().argmax(-1))[2]
+    assert smax._reset._cache_size() == smax._step._cache_size() == 1
+
+
 def test_smax_is_jaxmarl_step_by_step(smax):
     import jax
     from jaxmarl.environments import smax as jaxmarl
