@@ -3,6 +3,9 @@
     python benchmark/launch.py --scenarios 2s3z 3m --nus 0 0.4 --seeds 1 2 3 -- --num-envs 32
     python benchmark/launch.py --scenarios 2s3z --cluster slurm --cores 4 --hours 12
 
+All else that Slurm should know stands in sbatch's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT,
+SBATCH_MEM_PER_NODE, SBATCH_GPUS_PER_NODE, ... Local runs take this machine's GPUs in turn.
+
 Flags after -- go to the script. A run has a folder of its own, OUT/<name>/: the trainer's run
 folder, log.txt, and job.json with command, commit and machine. What has all its steps is skipped,
 what was killed goes on from its checkpoint. Nothing runs twice, whoever is killed or started again:
@@ -43,10 +46,7 @@ class Options:
     cluster: Literal["local", "slurm"] = "local"  # this machine, or Slurm's
     jobs: int | None = None  # at once; None: cores of this machine / cores of a job (Slurm: 1000)
     cores: int = 1  # per job; also the trainer's --threads
-    memory_gb: int = 4  # per job (Slurm)
-    gpus: int = 0  # per job (Slurm); local jobs take this machine's GPUs in turn
     hours: float = 24.0  # per job (Slurm); then it saves, and is queued again
-    partition: str | None = None  # of Slurm
     dry_run: bool = False  # print the commands, and stop
 
 
@@ -61,7 +61,7 @@ class Grid(Options):
     flags: tyro.conf.Positional[tuple[str, ...]] = ()  # after --: flags of the script
 
 
-LIMITS = {"nus": (0, 1), "seeds": (0, 10**9), "gpus": (0, 1000), "hours": (0.1, 10_000)}
+LIMITS = {"nus": (0, 1), "seeds": (0, 10**9), "hours": (0.1, 10_000)}
 OURS = ["", "map-name", "scenario", "nu", "mixer", "seed", "threads", "runs-dir", "resume"]
 
 
@@ -75,12 +75,10 @@ def check(grid):
         for x in values:
             if type(x) in (int, float) and not low <= x <= high:
                 raise ValueError(f"{flag} {x}: must lie in [{low}, {high}]")
-    for name in [*grid.scenarios, *(grid.mixers or [])]:
-        if not re.fullmatch(r"[\w-]{1,80}", name):
-            raise ValueError(f"{name!r}: letters, digits, - and _ only")
-    for word in grid.flags:
-        if word.startswith("--") and word[2:].split("=")[0].replace("_", "-") in OURS:
-            raise ValueError(f"{word} after --: the launcher sets it")
+            if name in ["scenarios", "mixers"] and not re.fullmatch(r"[\w-]{1,80}", str(x)):
+                raise ValueError(f"{flag} {x!r}: letters, digits, - and _ only")
+            if name == "flags" and x[:2] == "--" and x[2:].split("=")[0].replace("_", "-") in OURS:
+                raise ValueError(f"{x} after --: the launcher sets it")
 
 
 # ------ one run
@@ -121,16 +119,13 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for _ in range(2):
                 lock.truncate(0)
-                if self.finished():
-                    return
-                self.start(log, lock)
                 # Negative: a signal. SIGTERM is ours.
-                if self.process.wait() in [-signal.SIGTERM, *range(256)]:
+                if self.finished() or self.train(log, lock) in [-signal.SIGTERM, *range(256)]:
                     return
 
-    def start(self, log, lock):
-        """The trainer inherits the lock: it is held until the trainer itself has ended. Its own
-        session keeps a Ctrl-C away; Slurm's warning, SIGUSR2 to all, is for `checkpoint`."""
+    def train(self, log, lock):
+        """The trainer's exit code. It inherits the lock, which is held until it has ended itself.
+        Its own session keeps a Ctrl-C away; Slurm's warning, SIGUSR2 to all, is `checkpoint`'s."""
         path, commits = self.folder / "job.json", []
         with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
             commits = json.loads(path.read_text())["commit"].split()
@@ -143,6 +138,7 @@ class Run:
         mask = lambda: signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGUSR2})
         self.process = subprocess.Popen(self.command(), preexec_fn=mask, **how)
         print(f"{self.process.pid}@{os.uname().nodename}", end="", file=lock, flush=True)
+        return self.process.wait()
 
     def checkpoint(self):
         """submitit calls this before a preemption or the time limit: save, and queue again."""
@@ -262,20 +258,18 @@ def launch(runs, grid):
         for run in runs:
             print("to run" if run in waiting else "done  ", shlex.join(run.command()))
         return 0
-    folder = grid.out.resolve() / "submitit"
+    folder, local = grid.out.resolve() / "submitit", grid.cluster == "local"
     executor = submitit.AutoExecutor(folder, cluster=grid.cluster, slurm_max_num_timeout=1000)
     # Local jobs have no limit of time.
     how = {"name": "maipg", "timeout_min": 10**7, "slurm_time": int(60 * grid.hours)}
-    how |= {"slurm_mem": f"{grid.memory_gb}GB", "slurm_cpus_per_task": grid.cores}
-    how |= {"slurm_gpus_per_node": grid.gpus or None, "slurm_partition": grid.partition}
-    executor.update_parameters(slurm_signal_delay_s=120, **how)
-    here = max(1, os.cpu_count() // grid.cores)
-    slots = grid.jobs or {"local": here, "slurm": 1000}[grid.cluster]
+    how |= {"slurm_cpus_per_task": grid.cores, "slurm_signal_delay_s": 120}
+    executor.update_parameters(**how)
+    slots = grid.jobs or (max(1, os.cpu_count() // grid.cores) if local else 1000)
     old, stopped = len(runs) - len(waiting), []
     print(f"{len(runs)} runs, {old} finished before, {slots} at once", flush=True)
     count = subprocess.getoutput("nvidia-smi -L 2> /dev/null").count("\n") + 1
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    for run, gpu in zip(waiting, itertools.cycle(gpus if grid.cluster == "local" else [None])):
+    for run, gpu in zip(waiting, itertools.cycle(gpus if local else [None])):
         run.gpu = gpu
     note = lambda number, frame: stopped.append(number)
     handlers = {n: signal.signal(n, note) for n in [signal.SIGINT, signal.SIGTERM]}

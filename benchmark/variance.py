@@ -1,6 +1,7 @@
 """What q_tot does to the policy's gradient, and whether it ranks actions, at saved policies.
 
     python benchmark/variance.py RUN_DIR [RUN_DIR ...] [--cosine] [--truth] [--out FILE.csv]
+    python benchmark/variance.py --games 10 --rollouts 100
 
 For runs of maipg_smac.py and of maipg_mpe.py's particle worlds. Fresh rollouts are played, on which
 nothing is trained. A: the team's normalised advantage, by GAE. +- is a standard error.
@@ -25,6 +26,11 @@ nothing is trained. A: the team's normalised advantage, by GAE. +- is a standard
                ceiling_sum     the same of a sum of utilities: were Qc the sum of A_i
                The copies' noise is taken out of the last four: over the copies' mean itself, the
                correlations are smaller by the root of reliability. nan: nothing but noise.
+    --games    instead of runs, so many random matrix games of 3 agents with 5 actions, each with a
+               random policy and critics (VDN, QMIX, an unfactorised network) that are fitted to
+               samples of it. r_var_pi over all joint actions, by the number of samples; trace of
+               batches of 128, with a critic that is frozen (2,048 other samples), and one that is
+               fitted to the very batch. Means over games.
 """
 
 import contextlib
@@ -43,9 +49,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import maipg_matrix as matrix  # noqa: E402
 import maipg_mpe as mpe  # noqa: E402
 import maipg_smac as smac  # noqa: E402
 from benchmark import evaluate  # noqa: E402
+
+SAMPLES = (32, 128, 512, 2048, 8192)  # that critics of matrix games are fitted to
 
 
 @dataclass
@@ -58,6 +67,7 @@ class Args:
     sweeps: int = 20  # over them, to refit V
     truth: bool = False  # also compare with true advantages (particle worlds)
     copies: int = 8  # of each world and action, for the truth
+    games: int = 0  # random matrix games, instead of runs
     out: Path | None = None  # table of all figures, .csv
     seed: int = 1  # of games and noise
     device: Literal["auto", "cpu", "cuda"] = "auto"  # a GPU if there is one
@@ -251,7 +261,91 @@ def correlation(products):
     return ratio(*total).item(), error.item()
 
 
+# ---------- matrix games
+class JointCritic:
+    """An unfactorised q_tot(a_1, ..., a_n) per game: an MLP with two layers of 64 units."""
+
+    def __init__(self, games, n, m, args, rng):
+        self.parameters = []
+        for inputs, outputs in [(n * m, 64), (64, 64), (64, 1)]:
+            weight = torch.randn(games, inputs, outputs, generator=rng) / inputs**0.5
+            self.parameters += [weight, torch.zeros(games, 1, outputs)]
+
+    def __call__(self, actions):
+        """q_tot [G, B] of actions [G or 1, B, n, m]."""
+        w_1, b_1, w_2, b_2, w_3, b_3 = self.parameters
+        x = torch.relu(actions.flatten(2) @ w_1 + b_1)
+        return (torch.relu(x @ w_2 + b_2) @ w_3 + b_3).squeeze(-1)
+
+
+def fitted(kind, shape, samples, args, rng):
+    """A critic per game, fitted to what maipg_matrix.rollout() gives; shape: games, n, m."""
+    actions, _, rewards = samples
+    make = JointCritic if kind == "joint" else matrix.Critic
+    critic = make(*shape, replace(args, mixer=kind), rng)
+    optimizer = torch.optim.Adam(critic.parameters, args.critic_lr)
+    matrix.fit(critic, optimizer, actions, rewards, 1 / actions.shape[1], args.critic_steps)
+    return critic
+
+
+def exact_r_var(critic, payoffs, log_pi):
+    """Var(A - Qc) / Var(A) [G] under the policies, by enumeration."""
+    joint = matrix.all_joint_actions(*log_pi.shape[1:], "cpu")
+    p = torch.einsum("bnm,znm->zb", joint, log_pi).exp()
+    variance = lambda x: (p * (x - (p * x).sum(1, keepdim=True)) ** 2).sum(1)
+    rewards = payoffs.flatten(1)
+    return variance(rewards - critic(joint[None])) / variance(rewards)
+
+
+def traces(payoffs, logits, frozen, own, args, rng):
+    """{figure: [G]}: the gradient's trace, relative to nu = 0, with frozen and fresh critics."""
+    old, grads, figures = logits.detach().log_softmax(-1), {}, {}
+    value = matrix.expected_reward(payoffs, old.exp()).unsqueeze(-1)
+    gradient = lambda loss: torch.autograd.grad(loss.sum(), logits)[0].flatten(1)
+    for _ in tqdm(range(own.rollouts), desc="batches", disable=None):
+        actions, log_probs, rewards = batch = matrix.rollout(old, payoffs, rng, args)
+        terms = logits.log_softmax(-1), actions, log_probs, rewards - value, args
+        first = gradient(matrix.sampled_term(*terms))
+        for kind, critic in frozen.items():
+            fresh = fitted(kind, logits.shape, batch, args, rng)
+            for name, x in (("frozen", critic), ("same batch", fresh)):
+                second = gradient(matrix.deterministic_term(x, logits.log_softmax(-1), args, rng))
+                grads.setdefault(f"trace, {kind} {name}", []).append((first, second))
+    for name, pairs in grads.items():
+        first, second = map(torch.stack, zip(*pairs))
+        for nu in own.nus:
+            trace = first.lerp(second, nu).var(0).sum(-1)
+            figures[name, nu, args.mu] = trace / first.var(0).sum(-1)
+    return figures
+
+
+def study_games(own):
+    """Random games' table of figures."""
+    args = matrix.Args(device="cpu", batch_size=128, critic_lr=0.02, critic_steps=300)
+    rng, frozen, figures = torch.Generator().manual_seed(own.seed), {}, {}
+    payoffs = torch.rand(own.games, 5, 5, 5, generator=rng)
+    logits = torch.randn(own.games, 3, 5, generator=rng).requires_grad_()
+    log_pi = logits.detach().log_softmax(-1)
+    for kind in ("vdn", "qmix", "joint"):
+        for count in SAMPLES:
+            many = matrix.rollout(log_pi, payoffs, rng, replace(args, batch_size=count))
+            critic = fitted(kind, log_pi.shape, many, args, rng)
+            figures[f"r_var_pi, {kind} {count}", "", ""] = exact_r_var(critic, payoffs, log_pi)
+            frozen |= {kind: critic} if count == 2048 else {}
+    return table_of(figures | traces(payoffs, logits, frozen, own, args, rng))
+
+
 # ---------- main
+def table_of(figures):
+    """A row per figure, whose numbers [P] are averaged; of products [3, P], the correlation()."""
+    rows = []
+    for key, x in figures.items():
+        # The mean of numbers is their correlation() with ones.
+        x = x if x.dim() > 1 else torch.stack([x, torch.ones_like(x), torch.ones_like(x)])
+        rows.append([*key, *correlation(x)])
+    return pd.DataFrame(rows, columns=["figure", "nu", "mu", "value", "stderr"])
+
+
 def study(run, own):
     """A run's table of figures."""
     rngs = [torch.Generator(run.args.device).manual_seed(own.seed + 10**9 * k) for k in range(3)]
@@ -259,7 +353,7 @@ def study(run, own):
     if own.cosine:
         grads = reference(run, rngs[0], own.reference_rollouts, own.sweeps)
         aim, halves = grads.mean(0), (grads[::2].mean(0), grads[1::2].mean(0))
-        figures["halves", "", ""] = [torch.tensor([[F.cosine_similarity(*halves, 0)], [1], [1]])]
+        figures["halves", "", ""] = [F.cosine_similarity(*halves, 0)[None]]
     for k, played in enumerate(play(run, rngs[0], own.rollouts, "rollouts")):
         new = mixtures(run, played, rngs[1], own.nus, aim)
         if run.agent.second != "none":
@@ -269,29 +363,35 @@ def study(run, own):
             t = (2 * k + 1) * run.args.rollout_steps // (2 * own.rollouts)
             new |= ranking(run, played, t, own.copies, rngs[2])
         for key, x in new.items():
-            # The mean of numbers is their correlation() with ones.
-            x = x if x.dim() else torch.tensor([[x], [1.0], [1.0]])
-            figures.setdefault(key, []).append(x)
-    rows = [[*key, *correlation(torch.cat(x, 1))] for key, x in figures.items()]
-    return pd.DataFrame(rows, columns=["figure", "nu", "mu", "value", "stderr"])
+            figures.setdefault(key, []).append(x if x.dim() else x[None])
+    return table_of({key: torch.cat(x, -1) for key, x in figures.items()})
 
 
 def main(argv=None):
     """Run a command line; the exit code: 1 failed, 2 bad input."""
     own, tables = tyro.cli(Args, args=argv, description=__doc__), {}
+
+    def tell(name, table, about=""):
+        tables[name] = table
+        text = table.to_string(index=False, float_format="{:.4f}".format)
+        print(f"{name}{about}\n{text}", flush=True)
+
     try:
         if min(own.rollouts, own.reference_rollouts, own.copies) < 2 or own.copies % 2:
             raise smac.UsageError("rollouts and copies: at least two; --copies: even")
         if not all(0 <= x <= 1 for x in [*own.nus, own.seed / 10**8]) or own.sweeps < 0:
             raise smac.UsageError("--nus lie in [0, 1], --seed in [0, 10^8], --sweeps from 0 on")
-        if own.out and not own.out.parent.is_dir() or not own.run_dirs:
-            raise smac.UsageError("give run folders, and --out in a folder that is there")
-        for run_dir, run in [(x, load(x, own)) for x in own.run_dirs]:
+        if not 2 <= own.games <= 10**4 and (own.games or not own.run_dirs):
+            raise smac.UsageError("give run folders, or two --games and more (at most 10,000)")
+        if own.out and not own.out.parent.is_dir():
+            raise smac.UsageError(f"--out {own.out}: there is no such folder")
+        runs = [(x, load(x, own)) for x in own.run_dirs]
+        if own.games:
+            tell("matrix games", study_games(own))
+        for run_dir, run in runs:
             restore(run, own.seed)
             with contextlib.closing(run.envs):
-                table = tables[str(run_dir)] = study(run, own)
-            text = table.to_string(index=False, float_format="{:.4f}".format)
-            print(f"{run_dir}, step {run.saved['progress']['step']:,}\n{text}", flush=True)
+                tell(str(run_dir), study(run, own), f", step {run.saved['progress']['step']:,}")
         if own.out:
             pd.concat(tables, names=["run"]).droplevel(1).to_csv(own.out)
         return 0

@@ -156,8 +156,8 @@ BAD = [  # words for the launcher, words after --, what the line names
     ("--jobs -1", "", "--jobs -1"),
     ("--jobs 0", "", "--jobs 0"),
     ("--cores 0", "", "--cores 0"),
-    ("--memory-gb 0", "", "--memory-gb 0"),
-    ("--gpus -1", "", "--gpus -1"),
+    ("--cores -3", "", "--cores -3"),
+    ("--jobs 100000", "", "--jobs 100000"),
     ("--hours -1", "", "--hours -1"),
     ("--hours nan", "", "--hours nan"),
     ("--seeds 1 2 1", "", "--seeds 1 2 1"),
@@ -209,6 +209,8 @@ REFUSED = [
     ["--cores", "x"],
     ["--cluster", "lsf"],
     ["--no-such"],
+    ["--jobs", "2.5"],
+    ["--hours", "x"],
     ["--", "steps", "1"],
 ]
 REFUSED += [["--", "--steps"], ["--", "--steps", "x"], ["--", "--step", "1"], ["--nus", "x"]]
@@ -442,12 +444,16 @@ def query(*command):
     return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
 
 
-def test_slurm(slurm, tmp_path):
+def test_slurm(slurm, tmp_path, monkeypatch):
     """Two jobs; one is cancelled in the middle, named as failed, and goes on with the next call."""
+    for name, value in {"MEM_PER_NODE": "300M", "ACCOUNT": "ours"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
     out = tmp_path / "grid"
-    words = ("--cluster", "slurm", "--memory-gb", "1", "--hours", "1")
+    words = ("--cluster", "slurm", "--hours", "1")
     launcher = start(out, *words, steps=100)
     wait_for(begun(out, 2))
+    queue = query("squeue", "-h", "-O", "minmemory,account,numcpus,timelimit").splitlines()
+    assert [line.split() for line in queue] == [["300M", "ours", "1", "1:00:00"]] * 2
     victim = run_folders(out)[0]
     query("scancel", (victim / "slurm_id").read_text())
     assert launcher.wait(timeout=120) == 1
@@ -460,7 +466,7 @@ def test_slurm(slurm, tmp_path):
 
 def test_slurm_keeps_jobs_whose_launcher_was_killed(slurm, tmp_path):
     out = tmp_path / "grid"
-    words = ("--cluster", "slurm", "--memory-gb", "1", "--hours", "1")
+    words = ("--cluster", "slurm", "--hours", "1")
     launcher = start(out, *words, steps=100)
     wait_for(begun(out, 2))
     os.killpg(launcher.pid, signal.SIGKILL)
@@ -474,7 +480,7 @@ def test_slurm_keeps_jobs_whose_launcher_was_killed(slurm, tmp_path):
 def test_slurm_preemption_saves_and_queues_again(slurm, tmp_path):
     """Slurm's warning before a preemption or the time limit: SIGUSR2 to all processes of a job."""
     out = tmp_path / "grid"
-    words = ("--cluster", "slurm", "--memory-gb", "1", "--hours", "1")
+    words = ("--cluster", "slurm", "--hours", "1")
     launcher = start(out, *words, seeds=("1",), steps=40)
     wait_for(begun(out, 1))
     job = (run_folders(out)[0] / "slurm_id").read_text()

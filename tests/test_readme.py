@@ -55,7 +55,7 @@ COMMANDS = {
     "python benchmark/variance.py RUN_DIR --nus 0 0.3 0.5": "--rollouts 2",
     "python benchmark/variance.py RUN_DIR --cosine": "--rollouts 2 --reference-rollouts 2",
     "python benchmark/variance.py RUN_DIR --truth": "--rollouts 2 --copies 2",
-    "python benchmark/matrix_variance.py": "--num-games 2 --seeds 2 --critic-steps 2 --out-dir m",
+    "python benchmark/variance.py --games 10 --rollouts 100": "--games 2 --rollouts 2",
     "python benchmark/throughput.py": "--scripts mpe --smoke --rounds 2",
     "python benchmark/launch.py --seeds 1 2 3 4 5 --nus 0 0.4 -- --backend smax"
     " --learning-rate 0.002 --total-timesteps 300000 --eval-every 10000": "",

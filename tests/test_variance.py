@@ -1,4 +1,4 @@
-"""benchmark/variance.py and matrix_variance.py against plain calculations, and on bad input."""
+"""benchmark/variance.py against plain calculations, and on bad input."""
 
 import copy
 import itertools
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import maipg_matrix as matrix
 import maipg_mpe as mpe
 import maipg_smac as smac
-from benchmark import matrix_variance, variance
+from benchmark import variance
 from benchmark.baselines import qmix
 
 torch.set_num_threads(1)
@@ -682,8 +682,8 @@ def test_r_var_of_games():
     for kind in ("vdn", "joint"):
         shape, args = log_pi.shape, matrix.Args(device="cpu", critic_steps=3)
         samples = matrix.rollout(log_pi, payoffs, noise(), args)
-        critic = matrix_variance.fitted(kind, shape, samples, args, noise())
-        ours = matrix_variance.r_var(critic, payoffs, log_pi)
+        critic = variance.fitted(kind, shape, samples, args, noise())
+        ours = variance.exact_r_var(critic, payoffs, log_pi)
         for g in range(2):
             rows = []
             for a in np.ndindex(3, 3):
@@ -700,40 +700,47 @@ def test_traces_of_games():
     first term varies, as (1 - nu)^2; and a critic fitted to the batch varies with it."""
     payoffs, log_pi = games(3)
     logits = log_pi.clone().requires_grad_()
-    settings = dict(device="cpu", mu="expectation", nus=(0.0, 0.5, 1.0), seeds=4)
-    args = matrix.resolve(matrix.Args(**settings, batch_size=16, critic_steps=5))
+    args = matrix.Args(device="cpu", mu="expectation", batch_size=16, critic_steps=5)
     samples = matrix.rollout(log_pi, payoffs, noise(), args)
-    frozen = {"vdn": matrix_variance.fitted("vdn", log_pi.shape, samples, args, noise())}
-    rows = matrix_variance.relative_traces(payoffs, logits, frozen, args, noise())
-    table = pd.DataFrame(rows, columns=["mixer", "critic", "nu", "value"])
-    assert len(table) == 2 * 3 * 3 and (table["mixer"] == "vdn").all()
-    for nu, values in table[table["critic"] == "frozen"].groupby("nu")["value"]:
-        np.testing.assert_allclose(values, (1 - nu) ** 2, atol=1e-5)
-    fresh = table[table["critic"] == "same batch"].groupby("nu")["value"]
-    assert (fresh.get_group(1.0) > 0).all() and (fresh.get_group(0.0) == 1).all()
+    frozen = {"vdn": variance.fitted("vdn", log_pi.shape, samples, args, noise())}
+    own = variance.Args((), nus=(0.0, 0.5, 1.0), rollouts=4)
+    figures = variance.traces(payoffs, logits, frozen, own, args, noise())
+    assert len(figures) == 2 * 3 and {mu for _, _, mu in figures} == {"expectation"}
+    for nu in own.nus:
+        trace = figures["trace, vdn frozen", nu, "expectation"]
+        assert len(trace) == 3
+        torch.testing.assert_close(trace, torch.full((3,), (1 - nu) ** 2), atol=1e-5, rtol=1e-4)
+    fresh = [figures["trace, vdn same batch", nu, "expectation"] for nu in own.nus]
+    assert (fresh[2] > 0).all() and (fresh[0] == 1).all()
 
 
-def test_the_tables_of_games(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(matrix_variance, "SAMPLES", (32, 2048))
-    words = f"--num-games 3 --seeds 2 --critic-steps 2 --nus 0 1 --out-dir {tmp_path / 'm'}".split()
-    assert matrix_variance.main(words) == 0
-    variances, r_vars = (pd.read_csv(tmp_path / f"m/{x}.csv") for x in ("variance", "r_var"))
-    assert list(variances) == ["mixer", "critic", "nu", "mean", "stderr", "games"]
-    assert list(r_vars) == ["mixer", "samples", "mean", "stderr", "games"]
-    assert len(variances) == 3 * 2 * 2 and len(r_vars) == 3 * 2 and (r_vars["games"] == 3).all()
-    assert (variances[variances["nu"] == 0][["mean", "stderr"]] == [1.0, 0.0]).all().all()
-    matrix_variance.write(tmp_path / "x.csv", [("vdn", 1.0), ("vdn", 4.0), ("vdn", 7.0)], "mixer")
-    (row,) = pd.read_csv(tmp_path / "x.csv").to_dict("records")
-    assert row == {"mixer": "vdn", "mean": 4.0, "stderr": pytest.approx(3**0.5), "games": 3}
-    before = sorted(tmp_path.rglob("*"))
-    for bad, about in (
-        ("--nus 0.5", "--nus"),
-        ("--num-games 1", "--num_games"),
-        ("--seeds 0", "--seeds"),
-        ("--seeds 1", "--seeds"),
-        (f"--out-dir {tmp_path}/x.csv/bad", "x.csv"),
-    ):
-        assert matrix_variance.main(["--out-dir", str(tmp_path / "bad"), *bad.split()]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and about in error
-    assert sorted(tmp_path.rglob("*")) == before
+def test_the_table_of_games(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(variance, "SAMPLES", (32, 2048))
+    shorter = lambda *args: fitted(*args[:3], replace(args[3], critic_steps=2), args[4])
+    fitted = variance.fitted
+    monkeypatch.setattr(variance, "fitted", shorter)
+    path = tmp_path / "games.csv"
+    words = f"--games 3 --rollouts 2 --nus 0 1 --out {path}".split()
+    assert variance.main(words) == 0
+    table = pd.read_csv(path)
+    assert list(table) == ["run", "figure", "nu", "mu", "value", "stderr"]
+    assert (table["run"] == "matrix games").all()
+    r_vars = table[table["figure"].str.startswith("r_var_pi")]
+    traces = table[table["figure"].str.startswith("trace")]
+    assert len(r_vars) == 3 * 2 and len(traces) == 3 * 2 * 2 and len(table) == 18
+    assert (traces.loc[traces["nu"] == 0, ["value", "stderr"]] == [1.0, 0.0]).all().all()
+    text = capsys.readouterr().out
+    assert "r_var_pi, joint 2048" in text and "trace, qmix same batch" in text
+    assert variance.main(words) == 0 and pd.read_csv(path).equals(table)
+
+
+def test_a_mean_and_its_standard_error():
+    figures = {("x", 0.5, "gumbel"): torch.tensor([1.0, 4.0, 7.0])}
+    (row,) = variance.table_of(figures).to_dict("records")
+    expected = {"figure": "x", "nu": 0.5, "mu": "gumbel"}
+    assert row == expected | {"value": pytest.approx(4.0), "stderr": pytest.approx(3**0.5)}
+
+
+@pytest.mark.parametrize("words", ["--games 1", "--games -2", "--games 10001", "--games 3 no-run"])
+def test_bad_games(words, tmp_path, capsys):
+    refused(words.split(), "no-run" if "no-run" in words else "--games", tmp_path, capsys)
