@@ -12,7 +12,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-import maipg_mpe as mpe
 import maipg_smac as smac
 
 COLOURS = [(0, 114, 178), (213, 94, 0)]  # we, they: Okabe and Ito's blue and vermilion
@@ -103,7 +102,7 @@ def pettingzoo(games):
         with contextlib.suppress(NotImplementedError):
             frame = games.games[0].render()
         if np.ndim(frame) != 3:
-            raise mpe.UsageError(f"--env-id {games.args.env_id}: its render() gives no rgb_array")
+            raise smac.UsageError(f"--env-id {games.args.env_id}: its render() gives no rgb_array")
         picture = Image.fromarray(np.uint8(frame))
         picture.thumbnail((SIDE // 2, SIDE // 2))
         return picture
