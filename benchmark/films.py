@@ -192,13 +192,11 @@ def replay(act, args, seed, folder):
     from smac.env import StarCraft2Env
 
     place, hidden, done = str(folder.resolve()), None, False
-    env = StarCraft2Env(args.map_name, seed=seed, replay_dir=place)
-    with contextlib.closing(env):
+    with contextlib.closing(StarCraft2Env(args.map_name, seed=seed, replay_dir=place)) as env:
         env.reset()
-        index = np.eye(env.n_agents)
         while not done:
-            obs = torch.tensor(np.concatenate([env.get_obs(), index], -1), dtype=torch.float)
-            avail = torch.tensor(env.get_avail_actions(), dtype=torch.bool)
+            obs = torch.tensor(np.hstack([env.get_obs(), np.eye(env.n_agents)])).float()
+            avail = torch.tensor(env.get_avail_actions()).bool()
             actions, hidden = act(obs[None], avail[None], hidden)
             _, done, info = env.step(actions[0].tolist())
             if not info:  # smac's answer to a crash
