@@ -151,8 +151,8 @@ def smax(games):
     env = HeuristicEnemySMAX(scenario=map_name_to_scenario(games.args.map_name))
 
     def draw(worlds):
-        lived = [world.unit_positions[world.unit_alive] for world in worlds]
-        view = np.concatenate(lived).min(0) - 1, np.concatenate(lived).max(0) + 1
+        lived = np.concatenate([world.unit_positions[world.unit_alive] for world in worlds])
+        view = lived.min(0) - 1, lived.max(0) + 1
         return [battle(env, world, view) for world in worlds]
 
     return lambda obs: games.jax.tree.map(lambda x: np.array(x[0]), games.games[1].state), draw
