@@ -119,8 +119,7 @@ def games_of(args):
     if isinstance(args, mpe.Args) and args.env_id:
         return args.env_id, mpe.PettingZooEnvs, None, films.pettingzoo
     if isinstance(args, mpe.Args):
-        task = f"{args.scenario}, {args.num_agents} agents"
-        return task, mpe.ParticleEnvs, None, films.particles
+        return f"{args.scenario}, {args.num_agents} agents", mpe.ParticleEnvs, None, films.particles
     if args.backend == "sc2":
         return f"sc2 {args.map_name}", smac.SC2Envs, "won", films.replay
     return f"smax {args.map_name}", smac.SMAXEnvs, "won", films.smax
