@@ -10,7 +10,7 @@ rates, Student's for returns. `load_policy` gives a run's policy to a program of
 
 import contextlib
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -181,8 +181,7 @@ def settings(saved, own):
     # Code is imported at the user's word, never at a file's.
     if given.get("env_id", "") != own.env_id:
         raise smac.UsageError(f"this run needs --env-id {given.get('env_id', '')!r}")
-    known = asdict(module.Args())
-    args = module.Args(**{name: x for name, x in given.items() if name in known})
+    args = module.Args(**{name: x for name, x in given.items() if hasattr(module.Args, name)})
     args.num_envs, args.eval_episodes = min(args.num_envs, own.episodes), own.episodes
     args.num_minibatches, args.device = 1, own.device
     return module.resolve(args)
