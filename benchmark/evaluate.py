@@ -157,8 +157,7 @@ def measure(saved, args, seed):
     row = "{:8}  {:.3f}   95% interval [{:.3f}, {:.3f}]".format
     print(f"{task}, {saved['script']} at step {saved['step']:,}: {count} episodes")
     if victory:
-        name = "win rate" if victory == "won" else victory
-        print(row(name, np.mean(episodes["won"]), *of_rate))
+        print(row(victory.replace("won", "win rate"), np.mean(episodes["won"]), *of_rate))
     print(row("return", np.mean(episodes["return"]), *of_mean))
 
 
