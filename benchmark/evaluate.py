@@ -65,8 +65,8 @@ def load_run(run_dir):
 
 def policy_of(saved):
     """The policy network of a checkpoint, on the CPU."""
-    parts = [(name.partition("."), x) for name, x in saved["agent"].items()]
-    weights = {name[2]: x for name, x in parts if name[0] == "policy"}
+    parts = [(*name.partition("."), x) for name, x in saved["agent"].items()]
+    weights = {name: x for network, _, name, x in parts if network == "policy"}
     matrices = [x for x in weights.values() if x.dim() == 2]
     obs_dim, num_actions = matrices[0].shape[1], matrices[-1].shape[0]
     heads = sum(name.endswith("head.weight") for name in weights)
@@ -151,7 +151,7 @@ def measure(saved, args, seed):
     with contextlib.closing(games), tqdm(total=count, unit="episode", disable=None) as bar:
         judge = lambda attempt: play(module, policy, games, seed + attempt, args, bar)
         # maipg_mpe.py has no games that crash.
-        retry = getattr(module, "with_retries", lambda judge, progress: judge(0))
+        retry = getattr(module, "with_retries", smac.with_retries)
         episodes = retry(judge, {"restarts": 0})
     of_rate, of_mean = intervals(sum(episodes.get("won", [])), episodes["return"])
     row = "{:8}  {:.3f}   95% interval [{:.3f}, {:.3f}]".format
