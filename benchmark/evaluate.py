@@ -44,14 +44,13 @@ FAILURES = smac.GameError, mpe.EnvError, grf.GameError, ImportError, OSError
 
 # ---------- policies
 def load_run(run_dir):
-    """A run folder's checkpoint, and its `step`. UsageError: there is none that is sound."""
+    """A run folder's checkpoint, with its `policy` and `step`. UsageError: none that is sound."""
     path = Path(run_dir, "checkpoint.pt")
     try:
         script = dict(torch.load(path, map_location="cpu", weights_only=True))["script"]
         module, args_class, _ = SCRIPTS[script]
         saved = module.load_checkpoint(run_dir, args_class)
-        saved["step"] = saved["progress"]["step"]
-        policy_of(saved)
+        saved |= {"policy": policy_of(saved), "step": saved["progress"]["step"]}
     except USAGE_ERRORS:
         raise
     except Exception as error:
@@ -88,7 +87,7 @@ def load_policy(run_dir):
     policy remembers: None when the episodes begin, later what the last call returned.
     """
     saved = load_run(run_dir)
-    policy = policy_of(saved)
+    policy = saved["policy"]
 
     @torch.no_grad()
     def act(obs, avail, hidden=None):
@@ -145,7 +144,7 @@ def play(module, policy, games, seed, args, bar):
 
 def measure(saved, args, seed):
     """Play greedy episodes; print what comes out of them."""
-    module, policy = SCRIPTS[saved["script"]][0], policy_of(saved).to(args.device)
+    module, policy = SCRIPTS[saved["script"]][0], saved["policy"].to(args.device)
     task, envs_class, victory, _ = games_of(args)
     games, count = envs_class(args), -(-args.eval_episodes // args.num_envs) * args.num_envs
     with contextlib.closing(games), tqdm(total=count, unit="episode", disable=None) as bar:
