@@ -87,16 +87,15 @@ def load_policy(run_dir):
     policy remembers: None when the episodes begin, later what the last call returned.
     """
     saved = load_run(run_dir)
-    policy = saved["policy"]
 
     @torch.no_grad()
     def act(obs, avail, hidden=None):
         if hidden is None:
             hidden = obs.new_zeros(*obs.shape[:2], saved["args"]["hidden_dim"])
         keep = obs.new_ones(1, len(obs))  # 0 would empty a game's hidden state
-        out, hiddens = policy(obs[None], hidden, keep)
+        out, hiddens = saved["policy"](obs[None], hidden, keep)
         if saved["script"] == mpe.Args.script:
-            return mpe.distribution(policy, out[0], avail).mode, hiddens[0]
+            return mpe.distribution(saved["policy"], out[0], avail).mode, hiddens[0]
         return smac.masked_log_softmax(out[0], avail).argmax(-1), hiddens[0]
 
     return act
