@@ -36,7 +36,6 @@ sys.path.insert(0, str(ROOT))
 
 GAMES = {"smax": "SMAXEnvs", "sc2": "SC2Envs", "mpe": "ParticleEnvs", "grf": "FootballEnvs"}
 METHODS = {"nu = 0": {"nu": 0}, "compatible": {}, "paper": {"critic": "paper"}}
-PEER = "JaxMARL's MAPPO"
 JAXMARL = {"rollout_steps": 128, "chunk_length": 16, "hidden_dim": 128}
 JAXMARL |= {"update_epochs": 4, "num_minibatches": 4, "backend": "smax"}
 SIZES = {  # script: {name: what differs from its defaults}
@@ -110,7 +109,7 @@ def measure(script, name, size, args):
             with contextlib.suppress(ImportError):
                 from benchmark.baselines import jaxmarl_mappo
 
-                turns[PEER] = jaxmarl_mappo.trainer(case.map_name, case.num_envs)
+                turns["JaxMARL's MAPPO"] = jaxmarl_mappo.trainer(case.map_name, case.num_envs)
         rounds = range(args.rounds + 1)
         for number in tqdm(rounds, desc=f"{name}, {size}", disable=not sys.stderr.isatty()):
             rows += [(number, name, size, method, *turn()) for method, turn in turns.items()]
