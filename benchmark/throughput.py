@@ -110,8 +110,7 @@ def measure(script, name, size, args):
                 from benchmark.baselines import jaxmarl_mappo
 
                 turns["JaxMARL's MAPPO"] = jaxmarl_mappo.trainer(case.map_name, case.num_envs)
-        rounds = range(args.rounds + 1)
-        for number in tqdm(rounds, desc=f"{name}, {size}", disable=not sys.stderr.isatty()):
+        for number in tqdm(range(args.rounds + 1), f"{name}, {size}", disable=None):
             rows += [(number, name, size, method, *turn()) for method, turn in turns.items()]
     for method in list(METHODS)[-1:] if args.smoke else METHODS:
         with tempfile.TemporaryDirectory() as folder:
