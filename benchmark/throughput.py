@@ -116,14 +116,12 @@ def measure(script, name, size, args):
         with tempfile.TemporaryDirectory() as folder:
             starts[method] = first_update(name, settings | METHODS[method], folder)
     columns = ["turn", "script", "size", "method", "rollout_s", "update_s"]
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=columns).set_index("turn")
     seconds = table["rollout_s"] + table["update_s"]
     table["steps_per_s"] = case.num_envs * case.rollout_steps / seconds
-    table["ratio"] = seconds / seconds.groupby(table["turn"]).transform("first")
-    table = table[table["turn"] > 0].drop(columns="turn")
-    table = table.groupby(columns[1:4], sort=False, as_index=False).median()
-    starts = pd.DataFrame.from_dict(starts, "index", columns=["start_s", "peak_mib"])
-    return table.join(starts, on="method")
+    table["ratio"] = seconds / seconds.groupby("turn").transform("first")
+    table = table.drop(0).groupby(columns[1:4], sort=False, as_index=False).median()
+    return table.join(pd.DataFrame(starts, ["start_s", "peak_mib"]).T, on="method")
 
 
 def main(argv=None):
