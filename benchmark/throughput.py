@@ -82,9 +82,8 @@ def trainer(script, args, envs):
 def first_update(name, settings, folder):
     """Seconds until a command's first update is in its log, and its peak memory in MiB (Linux)."""
     words = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
-    words += ["--eval-every=999999999", f"--runs-dir={folder}"]
     start, quiet = time.perf_counter(), subprocess.DEVNULL
-    command = [sys.executable, ROOT / f"maipg_{name}.py", *words]
+    command = [sys.executable, ROOT / f"maipg_{name}.py", *words, f"--runs-dir={folder}"]
     with subprocess.Popen(command, stdout=quiet, stderr=quiet) as run:
         while run.poll() is None:
             status = Path(f"/proc/{run.pid}/status").read_text()
