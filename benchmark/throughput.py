@@ -60,21 +60,21 @@ class Args:
 def trainer(script, args, envs):
     """turn(): one update, as a script trains; seconds of (rollout, targets and update)."""
     torch.manual_seed(1)
-    now, buffer, rngs = script.begin(envs, 1, args), {}, {}
+    now, buffer = script.begin(envs, 1, args), {}
     agent = script.Agent(now, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
-    for name in ["explore", "gumbel", "shuffle"]:
-        rngs[name] = torch.Generator(args.device).manual_seed(1)
+    names = ["explore", "gumbel", "shuffle"]
+    rngs = {name: torch.Generator(args.device).manual_seed(1) for name in names}
 
     def turn():
-        times = [time.perf_counter()]
+        start = time.perf_counter()
         script.rollout(agent.policy, envs, buffer, now, args.rollout_steps, rngs["explore"])
         buffer["done"].sum().item()  # waits for the GPU
-        times.append(time.perf_counter())
+        middle = time.perf_counter()
         batch, metrics = script.estimate(agent, buffer, now, args)
         script.update(agent, optimizer, batch, metrics["diagnostics/sigma_a"], rngs, args)
         next(agent.parameters()).sum().item()
-        return times[1] - times[0], time.perf_counter() - times[1]
+        return middle - start, time.perf_counter() - middle
 
     return turn
 
