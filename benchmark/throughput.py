@@ -38,12 +38,10 @@ GAMES = {"smax": "SMAXEnvs", "sc2": "SC2Envs", "mpe": "ParticleEnvs", "grf": "Fo
 METHODS = {"nu = 0": {"nu": 0}, "compatible": {}, "paper": {"critic": "paper"}}
 JAXMARL = {"rollout_steps": 128, "chunk_length": 16, "hidden_dim": 128}
 JAXMARL |= {"update_epochs": 4, "num_minibatches": 4, "backend": "smax"}
-SIZES = {  # script: {name: what differs from its defaults}
-    "smac": {"defaults": {}}
-    | {f"JaxMARL's, {n} games": JAXMARL | {"num_envs": n} for n in (8, 32, 128)},
-    "mpe": {"defaults": {}},
-    "grf": {"8 games": {"num_envs": 8, "rollout_steps": 100}},
-}
+# {script: {name: what differs from its defaults}}
+SIZES = {"smac": {"defaults": {}}, "mpe": {"defaults": {}}}
+SIZES["smac"] |= {f"JaxMARL's, {n} games": JAXMARL | {"num_envs": n} for n in (8, 32, 128)}
+SIZES["grf"] = {"8 games": {"num_envs": 8, "rollout_steps": 100}}
 SMOKE = {"num_envs": 2, "rollout_steps": 25, "chunk_length": 25, "update_epochs": 1}
 
 
