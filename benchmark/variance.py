@@ -176,10 +176,7 @@ def reference(run, rng, count, sweeps):
     fitted.second = "none"
     optimizer = torch.optim.Adam(fitted.critic.parameters(), run.args.learning_rate, eps=1e-5)
     buffers = [buffer for buffer, *_ in play(run, rng, count, "reference")]
-
-    def batches(hidden):
-        return [run.script.estimate(fitted, buffer, hidden, run.args) for buffer in buffers]
-
+    batches = lambda hidden: [run.script.estimate(fitted, x, hidden, run.args) for x in buffers]
     for _ in tqdm(range(sweeps), desc="V is refitted", disable=None):
         for batch, _ in batches(dict(now)):
             losses = {"critic": run.script.critic_loss(fitted, batch, run.args)}
