@@ -214,7 +214,7 @@ def true_advantages(run, buffer, t, copies, rng):
     N, n, A = buffer["avail"].shape[1:]
     envs = mpe.ParticleEnvs(replace(run.args, num_envs=N * copies))
     envs.reset(0)  # load_state_dict() needs its generator
-    many = lambda x: x.repeat(copies, *[1] * (x.dim() - 1))
+    many = lambda x: torch.cat([x] * copies)
     seen = [many(buffer[key][t]) for key in ("obs", "policy_hidden", "keep")]
     (world, steps), noise, returns = world_at(run.envs, buffer, t), rng.get_state(), []
     single = torch.eye(n * A).to(seen[0]).view(-1, n, A)
