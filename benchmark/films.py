@@ -38,7 +38,7 @@ def capture(title, envs_class, victory, film, act, args, seed, folder):
 
 def episode(act, games, seed, look):
     """An episode of game 0, at most 1,000 steps: what look() kept, the last one twice; the return
-    before each step and at the end; and [won], where there are victories."""
+    before each step and at the end; and whether it was won."""
     (obs, _, avail), hidden, done, seen, returns = games.reset(seed), None, False, [], [0.0]
     with tqdm(desc="film", unit="step", disable=None) as bar:
         while not done and len(seen) < 1000:

@@ -158,7 +158,7 @@ def mixtures(run, played, rng, nus, aim):
     _, *batch, used = played
     part = lambda **changes: gradients(run, used, *batch, run.args.num_envs, rng, **changes)
     first, figures = part(nu=0.0), {}
-    mus = ["expectation", "gumbel"][: 1 if hasattr(used.policy, "log_std") else 2]
+    mus = ["expectation"] if hasattr(used.policy, "log_std") else ["expectation", "gumbel"]
     for mu in mus if used.second != "none" else [""]:
         second = part(nu=1.0, mu=mu) if mu else first
         for nu in nus if mu else [0.0]:
