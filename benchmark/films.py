@@ -17,6 +17,7 @@ import maipg_smac as smac
 COLOURS = [(0, 114, 178), (213, 94, 0)]  # we, they: Okabe and Ito's blue and vermilion
 SIDE = 960  # pixels of the longer side, before they are halved
 HEAD = 20  # pixels above, for the text
+WIDTH = 360  # pixels that it needs
 LIMIT = 2_000_000  # bytes of a film
 
 
@@ -53,7 +54,7 @@ def episode(act, games, seed, look):
 
 def captioned(picture, text):
     """A picture below a line of text."""
-    whole = ImageOps.expand(picture, (0, HEAD, 0, 0), "white")
+    whole = ImageOps.expand(picture, (0, HEAD, max(0, WIDTH - picture.width), 0), "white")
     ImageDraw.Draw(whole).text((8, 3), text, "black", ImageFont.load_default(14))
     return whole.quantize()
 
@@ -160,7 +161,7 @@ def smax(games):
 
 def battle(env, world, view):
     """A world state: units as discs, filled as far as they have health, with their type's letter;
-    lines are shots, crosses the dead."""
+    lines are orders to shoot, crosses the dead."""
     (low, high), kinds, allies = view, world.unit_types, env.num_allies
     zoom = SIDE / (high - low).max()  # pixels per unit of length
     picture = Image.new("RGB", tuple(map(int, zoom * (high - low))), "white")

@@ -26,11 +26,11 @@ nothing is trained. A: the team's normalised advantage, by GAE. +- is a standard
                ceiling_sum     the same of a sum of utilities: were Qc the sum of A_i
                The copies' noise is taken out of the last four: over the copies' mean itself, the
                correlations are smaller by the root of reliability. nan: nothing but noise.
-    --games    instead of runs, so many random matrix games of 3 agents with 5 actions, each with a
-               random policy and critics (VDN, QMIX, an unfactorised network) that are fitted to
-               samples of it. r_var_pi over all joint actions, by the number of samples; trace of
-               batches of 128, with a critic that is frozen (2,048 other samples), and one that is
-               fitted to the very batch. Means over games.
+    --games    So many random matrix games of 3 agents with 5 actions, each with a random policy
+               and critics (VDN, QMIX, an unfactorised network) that are fitted to samples of it:
+               r_var_pi over all joint actions, by the number of samples; trace, over --rollouts of
+               128 joint actions, with a critic that is frozen (2,048 other samples) and with one
+               that is fitted to the very rollout. Means over games.
 """
 
 import contextlib
@@ -43,7 +43,6 @@ from typing import Literal
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -67,7 +66,7 @@ class Args:
     sweeps: int = 20  # over them, to refit V
     truth: bool = False  # also compare with true advantages (particle worlds)
     copies: int = 8  # of each world and action, for the truth
-    games: int = 0  # random matrix games, instead of runs
+    games: int = 0  # random matrix games, with runs or without
     out: Path | None = None  # table of all figures, .csv
     seed: int = 1  # of games and noise
     device: Literal["auto", "cpu", "cuda"] = "auto"  # a GPU if there is one
@@ -165,7 +164,7 @@ def mixtures(run, played, rng, nus, aim):
             grads = first.lerp(second, nu)
             figures["trace", nu, mu] = grads.var(0).sum() / first.var(0).sum()
             if aim is not None:
-                figures["cosine", nu, mu] = F.cosine_similarity(grads.mean(0), aim, 0)
+                figures["cosine", nu, mu] = torch.cosine_similarity(grads.mean(0), aim, 0)
     return figures
 
 
@@ -350,7 +349,7 @@ def study(run, own):
     if own.cosine:
         grads = reference(run, rngs[0], own.reference_rollouts, own.sweeps)
         aim, halves = grads.mean(0), (grads[::2].mean(0), grads[1::2].mean(0))
-        figures["halves", "", ""] = [F.cosine_similarity(*halves, 0)[None]]
+        figures["halves", "", ""] = [torch.cosine_similarity(*halves, 0)[None]]
     for k, played in enumerate(play(run, rngs[0], own.rollouts, "rollouts")):
         new = mixtures(run, played, rngs[1], own.nus, aim)
         if run.agent.second != "none":
