@@ -34,12 +34,10 @@ from pathlib import Path
 from typing import Literal
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
@@ -307,10 +305,9 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
     if len(metrics) == 1 and columns > 5:
         columns = math.ceil(columns / 2)
     rows, width = math.ceil(len(panels) / columns), 3.6 if columns < 3 else 2.6
-    with plt.rc_context(STYLE):
-        size = (1.4 + width * columns, 1.4 + 2.6 * rows)
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-        figure.set_layout_engine("constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((1.4 + width * columns, 1.4 + 2.6 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         for axis, (metric, scenario) in zip(axes.flat, panels):
@@ -333,7 +330,6 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
         band = {"std": "mean and standard deviation", "iqm": "IQM, from 5 seeds on its interval"}
         figure.suptitle(f"{band[style]} over the seeds (how many: in brackets)", fontsize=8)
         figure.savefig(path, dpi=150)
-        plt.close(figure)
 
 
 def write(runs, curves, folder, name="figure", **drawing):

@@ -315,12 +315,12 @@ def test_a_method_has_one_colour_in_all_pictures():
 
 def panels(monkeypatch, curves, **drawing):
     """The axes of a picture, and its legend's labels."""
-    kept = []
-    monkeypatch.setattr(plot.plt, "close", kept.append)
+    kept, savefig = [], plot.Figure.savefig
+    keep = lambda figure, *args, **how: kept.append(figure) or savefig(figure, *args, **how)
+    monkeypatch.setattr(plot.Figure, "savefig", keep)
     plot.draw(curves, drawing.pop("path"), **drawing)
     monkeypatch.undo()
     (figure,) = kept
-    plot.plt.close(figure)
     return figure.axes, [text.get_text() for text in figure.legends[0].get_texts()]
 
 
