@@ -254,13 +254,11 @@ def comparison(runs):
 def on_one_grid(rows, x):
     """(grid [P], values [seeds, P]) of the curves of one method on one task, interpolated where
     seeds were evaluated at different x, where all of them have been."""
-    seeds = [part.sort_values(x) for _, part in rows.groupby("seed")]
-    start, end = rows.groupby("seed")[x].min().max(), rows.groupby("seed")[x].max().min()
-    if start > end:
+    table = rows.pivot_table("value", index=x, columns="seed")
+    table = table.interpolate("index", limit_area="inside").dropna()
+    if table.empty:
         raise ValueError(f"--x {x}: no {x} at which all seeds of a method have been evaluated")
-    grid = np.unique(rows[x])
-    grid = grid[(start <= grid) & (grid <= end)]
-    return grid, np.stack([np.interp(grid, part[x], part["value"]) for part in seeds])
+    return table.index.to_numpy(), table.T.to_numpy()
 
 
 # ---------------------------------------------------------------------------------------- drawing
