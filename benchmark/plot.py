@@ -69,7 +69,7 @@ SECOND = set("q_scale td_lambda target_tau forgetting ridge".split())
 UNTOLD = set("nu critic mu mixer resume device threads num_workers total_timesteps".split())
 UNTOLD |= set("runs_dir track backend".split())
 UNTOLD |= set("eval_every eval_episodes checkpoint_every log_every game_timeout".split())
-UNTOLD |= {*KEY, "map_name", "env_id", "script", "done", "job"}
+UNTOLD |= {*KEY, "map_name", "env_id", "script", "progress", "done", "job"}
 # Okabe and Ito's colours first: the colour-blind tell them apart.
 KINDS = "MAPPO|MAIPG qmix|MAIPG compatible|MAIPG vdn|MAIPG qmix gumbel|HAPPO|QMIX|FACMAC".split("|")
 HUES = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9 #000000 #8C564B".split()
@@ -103,17 +103,18 @@ def method_of(args, script):
 
 
 def settings_of(folder):
-    """args.json of a run folder, with its method, scenario, script, job.json and share of steps."""
+    """args.json of a run folder, with its method, scenario, script, job.json, the path of its
+    progress.csv and the share of its steps that are done."""
     if folder.name.count("__") < 2:
         raise ValueError(f"{folder} is not named as a run's folder, SCENARIO__SCRIPT__...")
     try:
-        about = folder.parent / "job.json"
+        about, progress = folder.parent / "job.json", folder / "progress.csv"
         args = json.loads((folder / "args.json").read_text())
         script = folder.name.split("__")[1]
         scenario = args.get("map_name") or args.get("env_id") or args["scenario"]
         scenario = f"SMAX {scenario}" if args.get("backend") == "smax" else scenario
         own = {"scenario": scenario, "method": method_of(args, script), "seed": int(args["seed"])}
-        own |= {"script": script, "done": launch.done(folder / "progress.csv")}
+        own |= {"script": script, "progress": progress, "done": launch.done(progress)}
         own["job"] = dict(json.loads(about.read_text())) if about.exists() else {}
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{folder}: args.json or job.json is damaged: {error!r}") from None
@@ -135,11 +136,11 @@ def full_names(runs):
     return names
 
 
-def read_run(folder, settings):
-    """(a row of runs.csv, the run's rows of curves.csv) of a run folder. ValueError: damaged."""
+def read_run(settings):
+    """(a row of runs.csv, the run's rows of curves.csv) of a run. ValueError: damaged."""
     key = {name: settings[name] for name in KEY}
-    table = read_csv(folder / "progress.csv", ["global_step", "charts/SPS"])
-    steps = table["global_step"].diff().fillna(table["global_step"])
+    table = read_csv(settings["progress"], ["global_step", "charts/SPS"])
+    steps = np.diff(table["global_step"], prepend=0)
     table["hours"] = (steps / table["charts/SPS"]).cumsum() / 3600
     table = table.reindex(columns=["global_step", "hours", *METRICS])
     # Cov / (sd A sd Qc) and Cov / Var(Qc) say the rest; their ratio is sd of Qc / sd of A.
@@ -149,7 +150,7 @@ def read_run(folder, settings):
     table = table.rename(columns=METRICS).melt(["global_step", "hours"], var_name="metric")
     curves = table.dropna().assign(**key)[CURVE]
     if not curves["metric"].isin(SCORES).any():
-        raise ValueError(f"{folder / 'progress.csv'} has no evaluation")
+        raise ValueError(f"{settings['progress']} has no evaluation")
     row = settings["job"] | key | {"steps": int(last["global_step"]), "hours": last["hours"]}
     return pd.DataFrame([row]).reindex(columns=RUN), curves
 
@@ -162,23 +163,19 @@ def read_tables(path):
 
 
 def read(paths):
-    """(runs, curves) of files curves.csv and of every finished run below the folders in `paths`.
+    """(runs, curves) of a curves.csv, or of every finished run below the folders in `paths`.
 
     FileNotFoundError: there is none. ValueError: a file is damaged, or runs cannot be pooled.
     """
-    tables, found = [], {}
     if len(paths) > 1 and any(path.is_file() for path in paths):
         raise ValueError("a curves.csv is read alone: its names tell what differs within it")
-    for path in map(Path.resolve, paths):
-        if path.is_file():
-            tables.append(read_tables(path))
-        for args in sorted(path.glob("**/args.json")):
-            if args.with_name("progress.csv").exists():  # the matrix games have none
-                found[args.parent] = settings_of(args.parent)
-    found = {folder: settings for folder, settings in found.items() if settings["done"] >= 1}
-    names = full_names(pd.DataFrame(found.values(), dtype=object)) if found else []
-    for (folder, settings), name in zip(found.items(), names):
-        tables.append(read_run(folder, settings | {"method": name}))
+    tables = [read_tables(path) for path in paths if path.is_file()]
+    folders = sorted({args.parent.resolve() for path in paths for args in path.rglob("args.json")})
+    # The matrix games have no progress.csv.
+    found = [settings_of(folder) for folder in folders if (folder / "progress.csv").exists()]
+    found = [settings for settings in found if settings["done"] >= 1]
+    names = full_names(pd.DataFrame(found, dtype=object)) if found else []
+    tables += [read_run(settings | {"method": name}) for settings, name in zip(found, names)]
     if not tables:
         raise FileNotFoundError(f"no finished run and no CSV in {' '.join(map(str, paths))}")
     mappo_first = lambda column: column.replace("^MAPPO", " MAPPO", regex=True)
