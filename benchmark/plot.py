@@ -66,10 +66,9 @@ TYPES |= dict.fromkeys([*METRICS, *"charts/SPS hours value final area sampled".s
 TYPES |= dict.fromkeys(["seed", "steps", "global_step"], int)
 # Settings that MAPPO has not; and those of no effect on what is learned, or told elsewhere.
 SECOND = set("q_scale td_lambda target_tau forgetting ridge".split())
-UNTOLD = set("nu critic mu mixer resume device threads num_workers total_timesteps".split())
-UNTOLD |= set("runs_dir track backend".split())
-UNTOLD |= set("eval_every eval_episodes checkpoint_every log_every game_timeout".split())
-UNTOLD |= {*KEY, "map_name", "env_id", "script", "progress", "done", "job"}
+UNTOLD = set("nu critic mu mixer resume device threads num_workers total_timesteps track".split())
+UNTOLD |= set("runs_dir eval_every eval_episodes checkpoint_every log_every game_timeout".split())
+UNTOLD |= {*KEY, *"map_name env_id backend script progress done job".split()}
 # Okabe and Ito's colours first: the colour-blind tell them apart.
 KINDS = "MAPPO|MAIPG qmix|MAIPG compatible|MAIPG vdn|MAIPG qmix gumbel|HAPPO|QMIX|FACMAC".split("|")
 HUES = "#0072B2 #D55E00 #009E73 #E69F00 #CC79A7 #56B4E9 #000000 #8C564B".split()
