@@ -207,12 +207,12 @@ def iqm(x, axis=0):
 
 
 def bootstrap(statistic, x, resamples=2000):
-    """[low, high] of the statistic of x [seeds, ...]: 95% percentile interval; nan below five."""
-    x = np.asarray(x, float)
-    if len(x) < 5:
-        return np.full((2, *x.shape[1:]), np.nan)
-    picks = np.random.default_rng(0).integers(len(x), size=(resamples, len(x)))
-    return np.quantile(statistic(x[picks], axis=1), [0.025, 0.975], axis=0)
+    """(low, high) of the statistic of x [seeds, ...]: 95 % percentile interval; nan below five
+    seeds, or if one of x is."""
+    if len(x) < 5 or np.isnan(x).any():
+        return np.full((2, *np.shape(x)[1:]), np.nan)
+    how = {"method": "percentile", "n_resamples": resamples, "rng": 0}
+    return stats.bootstrap([x], statistic, **how).confidence_interval
 
 
 def estimate(name, x):
