@@ -25,7 +25,6 @@ learning rate, the names of their methods tell it.
 """
 
 import json
-import math
 import re
 import sys
 from dataclasses import dataclass
@@ -291,20 +290,18 @@ def panel(axis, part, looks, x, style):
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1M
 
 
-def draw(curves, path, metrics=None, x="global_step", style="std"):
+def draw(curves, path, metrics=("score",), x="global_step", style="std"):
     """One panel per metric (down; "score": the scenario's own) and scenario (across; many, of one
     metric: in two rows), one line per method."""
-    scenarios, metrics = sorted(set(curves["scenario"])), metrics or ["score"]
-    panels, columns = [*product(metrics, scenarios)], len(scenarios)
-    if len(metrics) == 1 and columns > 5:
-        columns = math.ceil(columns / 2)
-    rows, width = math.ceil(len(panels) / columns), 3.6 if columns < 3 else 2.6
+    scenarios = sorted(set(curves["scenario"]))
+    rows, columns = len(metrics), len(scenarios)
+    if rows == 1 and columns > 5:
+        rows, columns = 2, (columns + 1) // 2
+    width = 3.6 if columns < 3 else 2.6
     with matplotlib.rc_context(STYLE):
         figure = Figure((1.4 + width * columns, 1.4 + 2.6 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        for axis in axes.flat[len(panels) :]:
-            axis.axis("off")
-        for axis, (metric, scenario) in zip(axes.flat, panels):
+        for place, (metric, scenario) in enumerate(product(metrics, scenarios), 1):
+            axis = figure.add_subplot(rows, columns, place)
             part = curves[curves["scenario"] == scenario]
             have = [*part["metric"].unique()]
             if metric == "score":
@@ -317,7 +314,7 @@ def draw(curves, path, metrics=None, x="global_step", style="std"):
             axis.set_xlabel("environment steps" if x == "global_step" else x)
             if metric == "win rate":
                 axis.set_ylim(-0.03, 1.03)
-        handles = {name: h for a in axes.flat for h, name in zip(*a.get_legend_handles_labels())}
+        handles = {name: h for a in figure.axes for h, name in zip(*a.get_legend_handles_labels())}
         seeds = curves.groupby(KEY[:2])["seed"].nunique().groupby("method").unique()
         names = [f"{name} ({', '.join(map(str, sorted(seeds[name])))})" for name in handles]
         figure.legend(handles.values(), names, loc="outside lower center", ncols=columns)
