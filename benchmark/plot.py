@@ -275,7 +275,6 @@ def looks(methods):
 def panel(axis, part, looks, x, style):
     """One metric on one scenario: a line per method."""
     for method, rows in part.groupby("method", sort=False):
-        look = looks[method]
         grid, values = on_one_grid(rows, x)
         if style == "iqm":
             middle, (low, high) = iqm(values), bootstrap(iqm, values)
@@ -283,8 +282,8 @@ def panel(axis, part, looks, x, style):
             middle, spread = values.mean(0), values.std(0)
             low, high = middle - spread, middle + spread
         marker = "" if len(grid) > 1 else "o"
-        axis.plot(grid, middle, label=method, marker=marker, **look)
-        axis.fill_between(grid, low, high, color=look["color"], alpha=0.18, lw=0)
+        axis.plot(grid, middle, label=method, marker=marker, **looks[method])
+        axis.fill_between(grid, low, high, color=looks[method]["color"], alpha=0.18, lw=0)
     axis.locator_params(axis="x", nbins=5)
     if x == "global_step":
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1M
