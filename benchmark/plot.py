@@ -178,16 +178,15 @@ def read(paths):
         raise FileNotFoundError(f"no finished run and no CSV in {' '.join(map(str, paths))}")
     mappo_first = lambda column: column.replace("^MAPPO", " MAPPO", regex=True)
     runs, curves = (pd.concat(x).sort_values(KEY, key=mappo_first) for x in zip(*tables))
-    parts, keys = dict(iter(curves.groupby(KEY))), list(zip(*(runs[name] for name in KEY)))
-    if set(parts) != set(keys):
+    runs, parts = runs.set_index(KEY), dict(iter(curves.groupby(KEY)))
+    if set(parts) != set(runs.index):
         raise ValueError("curves.csv and the runs.csv beside it tell of different runs")
     for (scenario, method), own in runs.groupby(KEY[:2]):
-        if own["seed"].duplicated().any() or own["steps"].max() > 1.1 * own["steps"].min():
+        if own.index.has_duplicates or own["steps"].max() > 1.1 * own["steps"].min():
             raise ValueError(f"{method} on {scenario}: runs of one seed, or not equally long")
-    runs[["final", "area"]] = [scores(parts[key], n) for key, n in zip(keys, runs["steps"])]
-    sampled = curves[curves["metric"] == "sampled return"].groupby(KEY)["value"].mean()
-    runs["sampled"] = sampled.reindex(keys).to_numpy()
-    return runs, curves
+    runs[["final", "area"]] = [scores(parts[key], n) for key, n in runs["steps"].items()]
+    runs["sampled"] = curves[curves["metric"] == "sampled return"].groupby(KEY)["value"].mean()
+    return runs.reset_index(), curves
 
 
 # ------------------------------------------------------------------------------------- statistics
