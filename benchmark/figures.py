@@ -92,8 +92,7 @@ def matrix(args, out):
 def make_runs(args):
     """(runs of a figure, one of its grids). Baselines have at most five seeds, as in the paper."""
     _, setting, script, methods, _ = FIGURES[args.figure]
-    trained = SETTINGS.get((setting, args.scale)) or SETTINGS[script, args.scale]
-    scenarios, nus, count, flags = trained
+    scenarios, nus, count, flags = SETTINGS.get((setting, args.scale), SETTINGS[script, args.scale])
     same = {field.name: getattr(args, field.name) for field in fields(launch.Options)}
     same |= {"scenarios": tuple(scenarios.split()), "flags": tuple(flags.split())}
     same["out"] = args.runs / args.scale
@@ -130,8 +129,7 @@ def main(argv=None):
         code = launch.launch(runs, grid)
         finished = [run.folder for run in runs if run.finished()]
         if finished and not args.dry_run and code < 128:
-            table = plot.read(finished)
-            print(plot.write(*table, out, args.figure, style=args.style, **drawing))
+            print(plot.write(*plot.read(finished), out, args.figure, style=args.style, **drawing))
         return code
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
