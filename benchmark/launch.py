@@ -15,7 +15,6 @@ the trainer holds a lock. Ctrl-C: the runs save and end; again: the launcher end
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -26,6 +25,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata
+from itertools import cycle, product
 from pathlib import Path
 from typing import Literal
 
@@ -185,8 +185,7 @@ def make_runs(grid):
     check(grid)
     script, default = trainer(grid.script)
     where, runs = "--scenario" if hasattr(default, "scenario") else "--map-name", {}
-    lists = grid.scenarios, grid.nus or [None], grid.mixers or [None]
-    for scenario, nu, mixer in itertools.product(*lists):
+    for scenario, nu, mixer in product(grid.scenarios, grid.nus or [None], grid.mixers or [None]):
         words, name = [where, scenario], f"{Path(script).stem}__{scenario}"
         if nu is not None:
             words, name = [*words, "--nu", f"{nu:.12g}"], f"{name}__nu{nu:g}"
@@ -269,7 +268,7 @@ def launch(runs, grid):
     print(f"{len(runs)} runs, {old} finished before, {slots} at once", flush=True)
     count = subprocess.getoutput("nvidia-smi -L 2> /dev/null").count("\n") + 1
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    for run, gpu in zip(waiting, itertools.cycle(gpus if local else [None])):
+    for run, gpu in zip(waiting, cycle(gpus if local else [None])):
         run.gpu = gpu
     note = lambda number, frame: stopped.append(number)
     handlers = {n: signal.signal(n, note) for n in [signal.SIGINT, signal.SIGTERM]}
