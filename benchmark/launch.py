@@ -237,7 +237,7 @@ def work(waiting, slots, executor, bar, stopped):
         if stopped:
             waiting.clear()
             stop(jobs, told)
-        while waiting and len(jobs) < slots:
+        while waiting and len(jobs) < slots and not stopped:
             run = waiting.pop(0)
             jobs[run] = submit(run, executor)
         for run in [run for run, job in jobs.items() if job.done() and not run.holder()]:
