@@ -1,4 +1,4 @@
-"""Read run folders or tidy CSVs; write tidy CSVs and a picture; compare the methods.
+"""Read run folders or a tidy CSV; write tidy CSVs and a picture; compare the methods.
 
     python benchmark/plot.py runs/grid --out results            # runs.csv, curves.csv, figure.png
     python benchmark/plot.py results/curves.csv --style iqm --x hours --out results
@@ -360,7 +360,7 @@ def markdown(folder, out):
 
 @dataclass
 class Args:
-    paths: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders (with all below them), CSVs
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()  # folders of runs, or one curves.csv
     out: Path = Path("results")  # folder of what is written
     style: Literal["std", "iqm"] = "std"  # mean +- deviation, as in the paper; or IQM, interval
     x: Literal["global_step", "hours"] = "global_step"  # axis
