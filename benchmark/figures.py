@@ -4,6 +4,7 @@
     python benchmark/figures.py fig5 --scale cpu        # what 2 cores can do in an hour or two
     python benchmark/figures.py fig5 --scale paper      # the paper's grid: says what it would cost
 
+fig1 and table5 are the paper's own at both of these, and take minutes.
 Runs lie in RUNS/<scale>/<name>/, where figures share them: none is run twice, and what was
 interrupted goes on. Pictures and tables lie in OUT (RUNS/<scale>/<figure>/ if none is given).
 """

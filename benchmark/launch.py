@@ -68,7 +68,7 @@ OURS = ["", "map-name", "scenario", "nu", "mixer", "seed", "threads", "runs-dir"
 def check(grid):
     """Raise ValueError if a value can't be."""
     for name, value in vars(grid).items():
-        flag, (low, high) = "--" + name.replace("_", "-"), LIMITS.get(name, (1, 10_000))
+        flag, (low, high) = f"--{name}", LIMITS.get(name, (1, 10_000))
         values = value if isinstance(value, tuple) else [value]
         if name != "flags" and (not values or len(set(values)) < len(values)):
             raise ValueError(f"{flag} {' '.join(map(str, values))}: nothing, or something twice")

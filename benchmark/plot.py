@@ -239,7 +239,7 @@ def comparison(runs):
         row |= {"steps": own["steps"].min(), "hours": own["hours"].mean()}
         for name, gain in gains.items():
             row |= estimate(name, own[name]) | estimate(f"{name}_gain", gain)
-        row["ahead"] = f"{(gains['area'] > 0).sum()} of {len(gain)}" if len(gain) else ""
+        row["ahead"] = f"{(gains['area'] > 0).sum()} of {len(pairs)}" if len(pairs) else ""
         row["commit"] = " ".join(sorted(set(own["commit"].dropna())))
         rows.append(row)
     return pd.DataFrame(rows)
