@@ -17,7 +17,7 @@ import maipg_smac as smac
 COLOURS = [(0, 114, 178), (213, 94, 0)]  # we, they: Okabe and Ito's blue and vermilion
 SIDE = 960  # pixels of the longer side, before they are halved
 HEAD = 20  # pixels above, for the text
-WIDTH = 360  # pixels that it needs
+WIDTH = 370  # pixels that it needs
 LIMIT = 2_000_000  # bytes of a film
 
 

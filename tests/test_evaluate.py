@@ -512,6 +512,15 @@ def test_a_picture_shows_health_and_the_dead(smax):
     assert 0.4 < ink(1) / whole < 0.8 and ink(2) == 0
 
 
+def test_a_caption_has_room_above_a_narrow_picture():
+    text = "smax smacv2_10_units   step 100   return -0.12   not won"
+    whole = np.asarray(films.captioned(Image.new("RGB", (60, 200), "red"), text).convert("RGB"))
+    assert whole.shape[0] == 200 + films.HEAD
+    ink = np.flatnonzero((whole[: films.HEAD] < 128).any((0, 2)))
+    assert 340 < ink.max() < whole.shape[1] - 1
+    assert (whole[films.HEAD :, :60] == [255, 0, 0]).all()
+
+
 # ---------------------------------------------------------------------------- films of other games
 ZOO = """
 import numpy as np

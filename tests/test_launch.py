@@ -11,8 +11,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 import maipg_smac
 from benchmark import launch
@@ -359,6 +361,19 @@ def test_stop_before_a_trainer_has_begun(tmp_path):
     processes = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
     assert not any(str(out).encode() in words for words in processes)
     assert not any(run_of(folder).finished() for folder in run_folders(out))
+
+
+def test_a_stop_amid_submissions_submits_no_more(tmp_path):
+    runs, submitted, stopped = [run_of(tmp_path / str(k)) for k in range(5)], [], []
+
+    def submit(run):
+        submitted.append(run)
+        stopped.extend([signal.SIGINT] * (len(submitted) == 2))
+        return SimpleNamespace(done=lambda: True)
+
+    executor, bar = SimpleNamespace(cluster="local", submit=submit), tqdm(disable=True)
+    launch.work(runs.copy(), 5, executor, bar, stopped)
+    assert submitted == runs[:2]
 
 
 # ------ Slurm
