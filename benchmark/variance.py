@@ -318,6 +318,7 @@ def traces(payoffs, logits, frozen, own, args, rng):
 def study_games(own):
     """Random games' table of figures."""
     args = matrix.Args(device="cpu", batch_size=128, critic_lr=0.02, critic_steps=300)
+    torch.set_num_threads(args.threads)
     rng, frozen, figures = torch.Generator().manual_seed(own.seed), {}, {}
     payoffs = torch.rand(own.games, 5, 5, 5, generator=rng)
     logits = torch.randn(own.games, 3, 5, generator=rng).requires_grad_()
