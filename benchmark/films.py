@@ -91,17 +91,19 @@ def particles(games):
 
 def pettingzoo(games):
     """What the environment's own render() gives."""
+    from pettingzoo import AECEnv, ParallelEnv
+
     make = games.make
+    with contextlib.closing(make()) as env:
+        # These two only raise.
+        drawn = type(env.unwrapped).render not in [AECEnv.render, ParallelEnv.render]
     # A function that takes no arguments has chosen its mode itself.
     with contextlib.suppress(TypeError):
         make(render_mode="rgb_array").close()
         games.make = lambda: make(render_mode="rgb_array")
 
     def look(obs):
-        frame = None
-        # PettingZoo's own render() only raises it.
-        with contextlib.suppress(NotImplementedError):
-            frame = games.games[0].render()
+        frame = games.games[0].render() if drawn else None
         if np.ndim(frame) != 3:
             raise smac.UsageError(f"--env-id {games.args.env_id}: its render() gives no rgb_array")
         picture = Image.fromarray(np.uint8(frame))

@@ -288,10 +288,10 @@ def panel(axis, part, looks, x, style):
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1M
 
 
-def draw(curves, path, metrics=("score",), x="global_step", style="std"):
+def draw(curves, path, metrics=None, x="global_step", style="std"):
     """One panel per metric (down; "score": the scenario's own) and scenario (across; many, of one
     metric: in two rows), one line per method."""
-    scenarios = sorted(set(curves["scenario"]))
+    scenarios, metrics = sorted(set(curves["scenario"])), metrics or ["score"]
     rows, columns = len(metrics), len(scenarios)
     if rows == 1 and columns > 5:
         rows, columns = 2, (columns + 1) // 2

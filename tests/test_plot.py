@@ -361,8 +361,9 @@ def test_the_picture(tmp_path, monkeypatch, style):
 def test_many_scenarios_of_one_metric_take_two_rows(tmp_path, monkeypatch):
     rows = [(f"task {k}", "MAPPO", 1, "win rate", step, k) for k in range(7) for step in (1, 2)]
     curves = pd.DataFrame(rows, columns=[*plot.KEY, "metric", "global_step", "value"])
-    axes, _ = panels(monkeypatch, curves, path=tmp_path / "x.png")
-    assert [len(axis.lines) for axis in axes] == [1] * 7
+    for metrics in (None, ()):
+        axes, _ = panels(monkeypatch, curves, path=tmp_path / "x.png", metrics=metrics)
+        assert [len(axis.lines) for axis in axes] == [1] * 7
     assert [axis.get_title() for axis in axes] == [f"task {k}" for k in range(7)]
     assert axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 4)
 
