@@ -26,7 +26,7 @@ import maipg_grf as grf  # noqa: E402
 import maipg_mpe as mpe  # noqa: E402
 import maipg_smac as smac  # noqa: E402
 from benchmark import films  # noqa: E402
-from benchmark.baselines import facmac, happo, qmix  # noqa: E402
+from benchmark.baselines import facmac, fitted, happo, qmix  # noqa: E402
 
 # {script: (the script of its games, its Args, its policy network of n agents, O observations, H
 # units, A actions)}
@@ -34,6 +34,7 @@ SCRIPTS = {
     "maipg_smac": (smac, smac.Args, lambda n, *shape: smac.Recurrent(*shape, 0.01)),
     "maipg_mpe": (mpe, mpe.Args, lambda n, *shape: mpe.Recurrent(*shape, 0.01)),
     "maipg_grf": (grf, grf.Args, lambda n, *shape: grf.Recurrent(*shape, 0.01)),
+    "fitted": (smac, fitted.Args, lambda n, *shape: smac.Recurrent(*shape, 0.01)),
     "happo": (smac, happo.Args, lambda n, *shape: happo.Actors(n, *shape, 0.01)),
     "qmix": (smac, qmix.Args, lambda n, *shape: qmix.Recurrent(*shape)),
     "facmac": (smac, facmac.Args, lambda n, *shape: qmix.Recurrent(*shape)),

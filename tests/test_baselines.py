@@ -1,4 +1,4 @@
-"""HAPPO, QMIX and FACMAC against plain computations, and on games with a known answer."""
+"""HAPPO, QMIX, FACMAC, other fits: against plain computations, and on games with a known answer."""
 
 import copy
 import itertools
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import maipg_smac as smac
-from benchmark.baselines import facmac, happo, qmix
+from benchmark.baselines import facmac, fitted, happo, qmix
 
 MODULES = {"qmix": qmix, "facmac": facmac}
 
@@ -432,6 +432,106 @@ def test_happo_solves_a_game():
     assert log_pi[0, 0].argmax(-1).tolist() == [2, 2] and log_pi[0, 0].max(-1)[0].exp().min() > 0.9
 
 
+# -------------------------------------------------------------------------------------- other fits
+def linear_data(rollouts):
+    """Features [T, N, n, F], scores onehot(a) - pi, and A = sum_i (u_i(a_i) - E u_i) + noise; and
+    that sum."""
+    rng = torch.Generator().manual_seed(0)
+    weights = torch.randn(5, 3, generator=rng) / 4
+    for _ in range(rollouts):
+        h = torch.randn(50, 8, 2, 5, generator=rng)
+        pi = torch.softmax(torch.randn(50, 8, 2, 3, generator=rng), -1)
+        actions = torch.multinomial(pi.flatten(0, 2), 1, generator=rng).view(50, 8, 2)
+        scores = qmix.one_hot(actions, pi) - pi
+        q = (h @ weights * scores).sum((-2, -1))
+        yield (h, scores, q + torch.randn(50, 8, generator=rng)), q
+
+
+def fitted_network(network, **settings):
+    torch.manual_seed(1)
+    critic = fitted.FittedNetwork(5, 3, forgetting=0.75, ridge=0.001)
+    critic.args = fitted.Args(network=network, fit_rate=2e-3, **settings)
+    return critic
+
+
+@pytest.mark.parametrize("network", ["fresh", "warm"])
+def test_a_fitted_network_predicts_new_advantages(network):
+    critic, data = fitted_network(network, window=3), list(linear_data(7))
+    *seen, ((h, scores, _), truth) = data
+    for rollout, _ in seen:
+        critic.fit(*rollout)
+    assert [x[2] is y[0][2] for x, y in zip(critic.window, seen[-3:])] == [True] * 3
+    with torch.no_grad():
+        q = (h @ critic.weights * scores).sum((-2, -1))
+    slope = (q * truth).sum() / (q * q).sum()
+    assert torch.corrcoef(torch.stack([q, truth]).flatten(1))[0, 1] > 0.9 and 0.7 < slope < 1.4
+    assert all(p.grad is None for p in critic.parameters())  # the trainer's Adam leaves it alone
+
+
+def test_a_fresh_network_owes_nothing_to_the_one_before():
+    (before, _), (rollout, _) = linear_data(2)
+    weights = {}
+    for network in ("fresh", "warm"):
+        for past in (False, True):
+            critic = fitted_network(network, window=1, fit_steps=5)
+            if past:
+                critic.fit(*before)
+            torch.manual_seed(2)
+            critic.fit(*rollout)
+            weights[network, past] = torch.cat([p.flatten() for p in critic.parameters()])
+    assert torch.equal(weights["fresh", False], weights["fresh", True])
+    assert not torch.allclose(weights["warm", False], weights["warm", True])
+
+
+def test_the_second_lambda_is_that_of_the_fit_alone(monkeypatch):
+    """Against sums of TD errors; an agent is dead in some steps."""
+    rng, T, N, n, gamma = np.random.default_rng(0), 6, 2, 3, 0.9
+    rewards, values = rng.normal(size=(T, N)), rng.normal(size=(T + 1, N, n))
+    done, alive = rng.random((T, N)) < 0.2, np.ones((T, N, n))
+    alive[2:, 0, 1] = 0
+    scores = torch.tensor(rng.normal(size=(T, N, n, 4)) * alive[..., None]).float()
+
+    def advantages(lam):
+        delta = rewards[..., None] + gamma * ~done[..., None] * values[1:] - values[:-1]
+        for t in range(T):
+            weight, total = 1.0, np.zeros((N, n))
+            for later in range(t, T):
+                total = total + weight * delta[later]
+                weight = weight * gamma * lam * ~done[later][:, None]
+            yield total
+
+    def played(args, envs, stopped):
+        tensors = [torch.tensor(x).float() for x in (rewards, values)]
+        own = smac.gae(*tensors, torch.tensor(done), gamma, args.gae_lambda)
+        np.testing.assert_allclose(own, np.stack(list(advantages(0.95))), atol=1e-5)
+        smac.CompatibleCritic(5, 4, 0.75, 0.001).fit(None, scores, None)
+
+    seen, gae = [], smac.gae
+    monkeypatch.setattr(smac, "train", played)
+    record = lambda critic, features, scores, advantages: seen.append(advantages)
+    monkeypatch.setattr(smac.CompatibleCritic, "fit", record)
+    fitted.train(fitted.Args(second_lambda=0.3), None)
+    expected = np.stack(list(advantages(0.3)))
+    live = expected[alive > 0]
+    expected = (expected - live.mean()) / live.std() * alive
+    np.testing.assert_allclose(seen[0], expected.sum(-1) / alive.sum(-1), atol=1e-4)
+    assert smac.gae is gae and smac.CompatibleCritic.__module__ == "maipg_smac"
+
+
+def test_without_flags_the_fit_is_that_of_the_trainer(tmp_path):
+    words = f"{SMALL} --nu 0.4 --rollout-steps 20 --total-timesteps 120 --runs-dir"
+    rows = []
+    for module in (smac, fitted):
+        assert module.main([*words.split(), str(tmp_path / module.__name__)]) == 0
+        rows.append(rows_of(next((tmp_path / module.__name__).iterdir())))
+        for row in rows[-1]:
+            row.pop("charts/SPS")
+    assert rows[0] == rows[1] and float(rows[0][-1]["variance/slope"]) != 0
+    (folder,) = (tmp_path / "benchmark.baselines.fitted").iterdir()
+    assert fitted.main(["--resume", str(folder), "--total-timesteps", "160"]) == 0
+    assert len(rows_of(folder)) == 4
+
+
 # ------------------------------------------------------------------------------------ command lines
 @pytest.fixture(autouse=True)
 def as_before():
@@ -450,6 +550,7 @@ BAD = [  # command line, exit code 2 with this in the message
     (facmac, "--map-name nowhere", "nowhere"),
     (facmac, "--td-lambda 1.5", "td_lambda"),
     (facmac, "--epsilon-end -1", "epsilon_end"),
+    (fitted, "--second-lambda 1.5", "second-lambda"),
     (happo, "--nu 0.4", "--nu"),
     (happo, "--chunk-length 7", "chunk-length"),
 ]

@@ -76,7 +76,7 @@ class Toy:
         pass
 
 
-AGENTS = {"maipg_smac": smac, "happo": happo, "qmix": qmix, "facmac": facmac}
+AGENTS = {"maipg_smac": smac, "fitted": smac, "happo": happo, "qmix": qmix, "facmac": facmac}
 AGENTS |= {"maipg_mpe": mpe, "maipg_grf": grf}
 
 
@@ -89,7 +89,7 @@ def save_run(folder, script="maipg_smac", look=None, **settings):
         args.map_name, args.backend = "3m", "smax"
     for name, value in settings.items():
         setattr(args, name, value)
-    if script in ("maipg_smac", "happo"):
+    if script in ("maipg_smac", "fitted", "happo"):
         args.nu, args.update_epochs = args.nu or 0.0, 2
     kind = mpe.PettingZooEnvs if getattr(args, "env_id", "") else mpe.ParticleEnvs
     games = kind(args) if module is mpe else Toy(args)
