@@ -154,7 +154,7 @@ def done(path):
     try:
         step = int(path.read_text().splitlines()[-1].split(",")[0])
         return step / json.loads((path.parent / "args.json").read_text())["total_timesteps"]
-    except (OSError, ValueError, IndexError):  # being written, or only its head is there
+    except (OSError, ValueError, LookupError, TypeError):  # being written, damaged, only a head
         return 0.0
 
 

@@ -140,6 +140,9 @@ def test_finished_is_what_has_all_its_steps(tmp_path):
     assert share(f"{head}40,,1\n80,0.5,2\n") == 0.8
     assert share(f"{head}40,,1\n120,0.5,2\n") == 1.2  # the last rollout is whole
     assert share(f"{head}100,0.5,2\n", total=200) == 0.5  # resumed, to go further
+    for text in ("{}", "[]", "{", '{"total_timesteps": null}'):
+        (folder / "args.json").write_text(text)
+        assert launch.done(table) == 0.0
     (folder / "args.json").unlink()
     assert launch.done(table) == 0.0
 
