@@ -518,20 +518,6 @@ def test_the_second_lambda_is_that_of_the_fit_alone(monkeypatch):
     assert smac.gae is gae and smac.CompatibleCritic.__module__ == "maipg_smac"
 
 
-def test_without_flags_the_fit_is_that_of_the_trainer(tmp_path):
-    words = f"{SMALL} --nu 0.4 --rollout-steps 20 --total-timesteps 120 --runs-dir"
-    rows = []
-    for module in (smac, fitted):
-        assert module.main([*words.split(), str(tmp_path / module.__name__)]) == 0
-        rows.append(rows_of(next((tmp_path / module.__name__).iterdir())))
-        for row in rows[-1]:
-            row.pop("charts/SPS")
-    assert rows[0] == rows[1] and float(rows[0][-1]["variance/slope"]) != 0
-    (folder,) = (tmp_path / "benchmark.baselines.fitted").iterdir()
-    assert fitted.main(["--resume", str(folder), "--total-timesteps", "160"]) == 0
-    assert len(rows_of(folder)) == 4
-
-
 # ------------------------------------------------------------------------------------ command lines
 @pytest.fixture(autouse=True)
 def as_before():
@@ -611,6 +597,20 @@ def test_happo_trains_and_goes_on(tmp_path):
     assert json.loads((folder / "args.json").read_text())["nu"] == 0
     weights = smac.load_checkpoint(folder, happo.Args)["agent"]
     assert {key.split(".")[2] for key in weights if key.startswith("policy.")} == {"0", "1", "2"}
+
+
+def test_without_flags_the_fit_is_that_of_the_trainer(tmp_path):
+    rows, same = [], {"map_name": "3m", "backend": "sc2", "device": "cpu", "nu": 0.4, "num_envs": 2}
+    same |= {"rollout_steps": 20, "total_timesteps": 120, "update_epochs": 2, "hidden_dim": 8}
+    for module in (smac, fitted):
+        folder = tmp_path / module.__name__
+        module.train(module.Args(**same, eval_episodes=2, runs_dir=str(folder)), Numbered())
+        (run,) = folder.iterdir()
+        rows.append([row | {"charts/SPS": ""} for row in rows_of(run)])
+    assert rows[0] == rows[1] and float(rows[0][-1]["variance/slope"]) != 0
+    same["total_timesteps"] = 160
+    fitted.train(fitted.Args(**same, eval_episodes=2, resume=str(run)), Numbered())
+    assert len(rows_of(run)) == 4
 
 
 def test_a_signal_ends_a_run_and_saves_it(tmp_path, monkeypatch):
