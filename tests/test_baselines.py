@@ -483,6 +483,24 @@ def test_a_fresh_network_owes_nothing_to_the_one_before():
     assert not torch.allclose(weights["warm", False], weights["warm", True])
 
 
+def test_without_a_fit_the_second_gradient_is_that_of_ppo_without_its_clip():
+    rng = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=rng)
+    old, logits, a = rand(5, 2, 3, 4), rand(5, 2, 3, 4).requires_grad_(), rand(5, 2, 3)
+    pi = torch.softmax(old, -1)
+    taken = qmix.one_hot(torch.multinomial(pi.flatten(0, 2), 1, generator=rng).view(5, 2, 3), pi)
+    critic = fitted.NoFit(6, 4, forgetting=0.75, ridge=0.001)
+    critic.fit(None, taken - pi, a)
+    new = torch.log_softmax(logits, -1)
+    q_tot = (rand(5, 2, 3, 6) @ critic.weights * new.exp()).sum((-2, -1))
+    second = smac.deterministic_pg_loss(q_tot, q_scale=1 / 3)
+    ratio = ((new - pi.log()) * taken).sum(-1)
+    first = smac.stochastic_pg_loss(ratio, a, torch.ones(5, 2, 3), clip_eps=1e9)
+    np.testing.assert_allclose(second.item(), first.item(), rtol=1e-4)
+    gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (first, second)]
+    np.testing.assert_allclose(*gradients, atol=1e-6)
+
+
 def test_the_second_lambda_is_that_of_the_fit_alone(monkeypatch):
     """Against sums of TD errors; an agent is dead in some steps."""
     rng, T, N, n, gamma = np.random.default_rng(0), 6, 2, 3, 0.9

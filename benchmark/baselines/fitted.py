@@ -3,6 +3,8 @@
     --second-lambda 0.8   to GAE(0.8); PPO's own advantages stay GAE(0.95)
     --network fresh       a network of one hidden layer on the policy's features, for each rollout
                           a new one, in place of the least squares; `warm`: it is trained further
+    --network samples     nothing is fitted: u_i(a) = 1[a = a_i] A_i / pi(a_i), so that the second
+                          gradient is PPO's own without its clip. What is left is the critic's work
 
 The network is fitted to the normalised advantages of the last `window` rollouts, like the least
 squares: it minimises E[(A - sum_i (u_i(a_i) - E_pi[u_i]))^2], by `fit_steps` steps of Adam over a
@@ -18,6 +20,7 @@ from typing import ClassVar, Literal
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,7 +32,7 @@ import maipg_smac as smac  # noqa: E402
 class Args(smac.Args):
     script: ClassVar[str] = "fitted"
     second_lambda: float = 0.95  # of the advantages that the utilities are fitted to
-    network: Literal["none", "fresh", "warm"] = "none"  # in place of the least squares
+    network: Literal["none", "fresh", "warm", "samples"] = "none"  # none: least squares
     window: int = 4  # rollouts that the network is fitted to
     fit_steps: int = 40  # of Adam, per rollout
     fit_rate: float = 5e-4  # its learning rate
@@ -73,6 +76,22 @@ class FittedNetwork(nn.Module):
         optimizer.zero_grad()
 
 
+class NoFit(nn.Module):
+    """The sampled advantages themselves; they have the place of CompatibleCritic."""
+
+    def __init__(self, num_features, num_actions, forgetting, ridge):
+        super().__init__()
+        self.utilities = 0.0
+
+    weights = property(lambda self: self)
+    __rmatmul__ = lambda self, features: self.utilities
+
+    def fit(self, features, scores, advantages):
+        """scores onehot(a) - pi [T, N, n, A], advantages of each agent [T, N, n]."""
+        taken = F.one_hot(scores.argmax(-1), scores.shape[-1])
+        self.utilities = taken * advantages.unsqueeze(-1) / (1 - scores)
+
+
 def resolve(args):
     """As smac.resolve."""
     if args.second_lambda > 1:
@@ -88,12 +107,15 @@ def train(args, envs, stopped=()):
         second["advantages"] = gae(rewards, values, done, gamma, args.second_lambda)
         return gae(rewards, values, done, gamma, lam)
 
-    class Critic(smac.CompatibleCritic if args.network == "none" else FittedNetwork):
+    critics = {"none": smac.CompatibleCritic, "samples": NoFit}
+
+    class Critic(critics.get(args.network, FittedNetwork)):
         def fit(self, features, scores, advantages):
             a, alive = second["advantages"], (scores != 0).any(-1).float()  # the dead cannot choose
             mean = smac.masked_mean(a, alive)
             a = (a - mean) / (smac.masked_mean((a - mean) ** 2, alive).sqrt() + 1e-5)
-            super().fit(features, scores, (a * alive).sum(-1) / alive.sum(-1).clamp(min=1))
+            team = (a * alive).sum(-1) / alive.sum(-1).clamp(min=1)
+            super().fit(features, scores, a if args.network == "samples" else team)
 
     Critic.args = args
     with mock.patch.multiple(smac, gae=gae_twice, CompatibleCritic=Critic):
