@@ -4,7 +4,7 @@
     --network fresh       a network of one hidden layer on the policy's features, for each rollout
                           a new one, in place of the least squares; `warm`: it is trained further
     --network samples     nothing is fitted: u_i(a) = 1[a = a_i] A_i / pi(a_i), so that the second
-                          gradient is PPO's own without its clip. What is left is the critic's work
+                          gradient is PPO's own without its clip: a control, without a critic
 
 The network is fitted to the normalised advantages of the last `window` rollouts, like the least
 squares: it minimises E[(A - sum_i (u_i(a_i) - E_pi[u_i]))^2], by `fit_steps` steps of Adam over a
