@@ -310,7 +310,7 @@ class Watched:
         return answer
 
 
-KINDS = [*((script, {}) for script in evaluate.SCRIPTS), ("maipg_mpe", {"continuous": True})]
+KINDS = [*((script, {}) for script in AGENTS), ("maipg_mpe", {"continuous": True})]
 
 
 @pytest.mark.parametrize("script, settings", KINDS)
