@@ -3,6 +3,7 @@
 import importlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from benchmark import plot, variance
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmark/README.md"]
 BEGINS = ("python ", "pip ", "pytest", "tensorboard ", "benchmark/install", "AGREE_TO_EULA=1 ")
+BEGINS += ("echo ", "LD_PRELOAD")
 
 PLAY = "--device cpu --num-envs 2 --eval-episodes 2"
 TRAIN = f"{PLAY} --rollout-steps 10 --total-timesteps 20 --eval-every 20"
@@ -34,6 +36,8 @@ COMMANDS = {
     "python maipg_smac.py --map-name 2s3z --nu 0": SMAC,
     "python maipg_smac.py --map-name 2s3z --nu 0.4 --mixer vdn": SMAC,
     "python maipg_smac.py --map-name 2s3z --nu 0.4 --critic paper --mu gumbel": SMAC,
+    "python maipg_smac.py --map-name 2s3z --nu 0.4 --num-envs 1024 --rollout-steps 128"
+    " --chunk-length 16": f"{SMAC} --rollout-steps 16 --total-timesteps 32 --eval-every 32",
     "python maipg_smac.py --resume RUN_DIR": "",
     "python maipg_smac.py --resume RUN_DIR --total-timesteps 20000000": "--total-timesteps 40",
     "python maipg_mpe.py --scenario spread": WORLDS,
@@ -66,6 +70,7 @@ COMMANDS = {
     "python benchmark/plot.py --markdown": "",
     "tensorboard --logdir runs": "--inspect",
 }
+MKL = "echo 'int mkl_serv_intel_cpu_true() { return 1; }' | gcc -shared -fPIC -xc - -o mkl_amd.so"
 ELSEWHERE = {
     "pip install -r requirements.txt": ".ci/run",
     "pytest -n 2 --dist loadfile": ".ci/run",
@@ -76,6 +81,8 @@ ELSEWHERE = {
     "benchmark/install_sc2.sh --check": "test_install.py",
     "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": "internet",
     'pip install "jax[cuda13]==0.10.2"': "a GPU",
+    MKL: "test_mkl_asks_the_recipe",
+    "LD_PRELOAD=./mkl_amd.so python maipg_smac.py --map-name 2s3z --nu 0.4": "the same",
 }
 
 
@@ -134,6 +141,18 @@ def test_command(command, place, capfd):
 def test_the_results_are_up_to_date(place):
     written = plot.markdown(ROOT / "benchmark/results", place / "RESULTS.md")
     assert Path(written).read_text() == (ROOT / "benchmark/RESULTS.md").read_text()
+
+
+@pytest.mark.skipif("BLAS_INFO=mkl" not in torch.__config__.show(), reason="torch has no MKL")
+@pytest.mark.parametrize("answer", ["return 1", "__builtin_trap()"])
+def test_mkl_asks_the_recipe(answer, tmp_path):
+    """Products are right; and with a function that crashes they crash: it is the one that counts."""
+    subprocess.run(MKL.replace("return 1", answer), shell=True, check=True, cwd=tmp_path)
+    code = "import torch; x = torch.rand(99, 99); y = x.double() @ x.double()\n"
+    code += "assert torch.allclose(x @ x, y.float(), rtol=1e-4)"
+    run = [sys.executable, "-c", code]
+    ended = subprocess.run(run, env={"LD_PRELOAD": str(tmp_path / "mkl_amd.so")}).returncode
+    assert ended == (0 if answer == "return 1" else -signal.SIGILL)
 
 
 def blocks_of(page):
