@@ -146,7 +146,7 @@ def test_the_results_are_up_to_date(place):
 @pytest.mark.skipif("BLAS_INFO=mkl" not in torch.__config__.show(), reason="torch has no MKL")
 @pytest.mark.parametrize("answer", ["return 1", "__builtin_trap()"])
 def test_mkl_asks_the_recipe(answer, tmp_path):
-    """Products are right; and with a function that crashes they crash: it is the one that counts."""
+    """Products are right; with a function that crashes they crash, so that it is what counts."""
     subprocess.run(MKL.replace("return 1", answer), shell=True, check=True, cwd=tmp_path)
     code = "import torch; x = torch.rand(99, 99); y = x.double() @ x.double()\n"
     code += "assert torch.allclose(x @ x, y.float(), rtol=1e-4)"
