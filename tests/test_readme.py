@@ -37,7 +37,7 @@ COMMANDS = {
     "python maipg_smac.py --map-name 2s3z --nu 0.4 --mixer vdn": SMAC,
     "python maipg_smac.py --map-name 2s3z --nu 0.4 --critic paper --mu gumbel": SMAC,
     "python maipg_smac.py --map-name 2s3z --nu 0.4 --num-envs 1024 --rollout-steps 128"
-    " --chunk-length 16": f"{SMAC} --rollout-steps 16 --total-timesteps 32 --eval-every 32",
+    " --chunk-length 16": f"{SMAC} --rollout-steps 16 --seed 2",  # another folder's name
     "python maipg_smac.py --resume RUN_DIR": "",
     "python maipg_smac.py --resume RUN_DIR --total-timesteps 20000000": "--total-timesteps 40",
     "python maipg_mpe.py --scenario spread": WORLDS,
