@@ -434,7 +434,7 @@ def run(args):
         files = figure_1(results, args, folder)
     else:
         files = table_5(title, results[title][1], args, folder)
-    text = json.dumps(asdict(args) | {"seconds": round(seconds, 1)}, indent=2)
+    text = json.dumps(asdict(args) | {"seconds": round(seconds, 3)}, indent=2)
     (folder / "args.json").write_text(text + "\n")
     print(f"written to {folder}: {', '.join(files)}, args.json")
 
