@@ -226,7 +226,7 @@ def mappo_of(method, methods):
     return max(fit, key=len, default=None)
 
 
-def comparison(runs):
+def comparison(runs, measures=MEASURES):
     """A row per scenario and method: area, final, and the gains over MAPPO."""
     rows, runs = [], runs.assign(sampled=runs.get("sampled", np.nan))
     for (scenario, method), own in runs.groupby(KEY[:2], sort=False):
@@ -234,7 +234,7 @@ def comparison(runs):
         mappo = others[others["method"] == mappo_of(method, set(others["method"]))]
         pairs = own.merge(mappo, on="seed", suffixes=("", "_mappo"))
         pairs = pairs[(pairs["steps"] / pairs["steps_mappo"] - 1).abs() < 0.1]
-        gains = {name: pairs[name] - pairs[f"{name}_mappo"] for name in MEASURES}
+        gains = {name: pairs[name] - pairs[f"{name}_mappo"] for name in measures}
         row = {"scenario": scenario, "method": method, "seeds": len(own)}
         row |= {"steps": own["steps"].min(), "hours": own["hours"].mean()}
         for name, gain in gains.items():
@@ -332,10 +332,11 @@ def write(runs, curves, folder, name="figure", **drawing):
 
 
 # ----------------------------------------------------------------------------------------- tables
-def cell(row, name):
+def cell(row, name, form=".3f"):
     """A mean and its interval, as in the tables."""
-    value, *ends = (f"{row[key]:.3f}" for key in (name, f"{name}_low", f"{name}_high"))
-    return f"{value} [{', '.join(ends)}]".replace("nan, nan", "-").replace("nan [-]", "-")
+    value, *ends = (f"{row[key]:{form}}" for key in (name, f"{name}_low", f"{name}_high"))
+    text = f"{value} [{', '.join(ends)}]".replace("+nan", "nan")
+    return text.replace("nan, nan", "-").replace("nan [-]", "-")
 
 
 def markdown(folder, out):
