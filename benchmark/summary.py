@@ -7,7 +7,7 @@ MAPPO, seed by seed, and in how many seeds the area is larger.
 
     half    steps of the first evaluation whose score has come half of the way to MAPPO's final one
             (mean over the seeds), from 0 or, where scores are returns, from MAPPO's first; a run
-            that does not come so far counts with all its steps, and the table says how many did
+            that does not come so far counts with all its steps, and the table says how many did not
 """
 
 import math
@@ -32,7 +32,7 @@ def steps_to_half(runs, curves):
 
     ValueError: there is no MAPPO, or it has no final score.
     """
-    metric = next(name for name in plot.SCORES if name in set(curves["metric"]))
+    metric = next((name for name in plot.SCORES if name in set(curves["metric"])), None)
     scores = curves[curves["metric"] == metric]
     mappo, keys = scores[scores["method"] == "MAPPO"], ["method", "seed"]
     start = 0.0
@@ -40,7 +40,8 @@ def steps_to_half(runs, curves):
         start = mappo.loc[mappo["global_step"] == mappo["global_step"].min(), "value"].mean()
     goal = (start + runs.loc[runs["method"] == "MAPPO", "final"].mean()) / 2
     if math.isnan(goal):
-        raise ValueError("there is no MAPPO, or it has no final score")
+        task = runs["scenario"].iloc[0]
+        raise ValueError(f"{task}: there is no MAPPO, or it has no final score")
     first = scores[scores["value"] > goal - 1e-9].groupby(keys)["global_step"].min()
     first = first.reindex(runs.set_index(keys).index)
     return first.fillna(runs.set_index(keys)["steps"]), first.notna()

@@ -73,11 +73,13 @@ def test_seeds_are_paired(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "names, count, says",
-    [(NAMES, 9, "no final score"), (["MAPPO, clip_eps 0.1", NAMES[1]], 30, "there is no MAPPO")],
+    "names, count, metric",
+    [(NAMES, 9, "win rate"), (["MAPPO, clip_eps 0.1", NAMES[1]], 30, "win rate"), (NAMES, 30, "x")],
 )
-def test_bad_input(names, count, says, tmp_path, capsys):
-    path = write(tmp_path, {(0, 1): ramp(5)[:count], (1, 1): ramp(5)[:count]}, names=names)
+def test_bad_input(names, count, metric, tmp_path, capsys):
+    scores = ramp(5)[:count]
+    path = write(tmp_path, {(0, 1): scores, (1, 1): scores}, metric, names)
+    says = "SMAX 3m: there is no MAPPO, or it has no final score"
     for argv, text in {(path,): says, (str(tmp_path / "x.csv"),): "there is no", (): None}.items():
         if text is None:
             with pytest.raises(SystemExit) as stop:
