@@ -339,6 +339,51 @@ def cell(row, name, form=".3f"):
     return text.replace("nan, nan", "-").replace("nan [-]", "-")
 
 
+def steps_to_half(runs, curves):
+    """(steps, whether it came so far) of each run of one task, by method and seed: to the first
+    evaluation whose score is half of the way to MAPPO's final one (mean over the seeds), from 0
+    or, where scores are returns, from MAPPO's first. Who does not come so far: all its steps.
+
+    ValueError: there is no MAPPO, or it has no final score.
+    """
+    metric = next((name for name in SCORES if name in set(curves["metric"])), None)
+    scores = curves[curves["metric"] == metric]
+    mappo, keys = scores[scores["method"] == "MAPPO"], ["method", "seed"]
+    start = 0.0
+    if metric == "return":
+        start = mappo.loc[mappo["global_step"] == mappo["global_step"].min(), "value"].mean()
+    goal = (start + runs.loc[runs["method"] == "MAPPO", "final"].mean()) / 2
+    if np.isnan(goal):
+        task = runs["scenario"].iloc[0]
+        raise ValueError(f"{task}: there is no MAPPO, or it has no final score")
+    first = scores[scores["value"] > goal - 1e-9].groupby(keys)["global_step"].min()
+    first = first.reindex(runs.set_index(keys).index)
+    return first.fillna(runs.set_index(keys)["steps"]), first.notna()
+
+
+def summary(runs, curves):
+    """Lines of Markdown: per task and method its scores, and the differences to MAPPO."""
+    head = "task, steps|method (seeds)|area|final|sampled|half|ahead"
+    lines = [f"|{head}|", "|" + "---|" * 7]
+    for task, own in runs.groupby("scenario"):
+        half, reached = steps_to_half(own, curves[curves["scenario"] == task])
+        own = own.assign(half=[half[method, seed] for method, seed in zip(own.method, own.seed)])
+        told = comparison(own, [*MEASURES, "half"])
+        for row in told.to_dict("records"):
+            method = row["method"]
+            cells = [cell(row, name) for name in MEASURES]
+            cells += [cell(row, "half", ",.0f"), ""]
+            if missed := (~reached[method]).sum():
+                cells[-2] += f", {missed} did not"
+            name = f"{task}, {row['steps']:,}" if method == "MAPPO" else ""
+            lines.append(f"|{name}|{method} ({row['seeds']})|{'|'.join(cells)}|")
+            if method != "MAPPO":
+                gains = [cell(row, f"{name}_gain", "+.3f") for name in MEASURES]
+                gains += [cell(row, "half_gain", "+,.0f"), row["ahead"]]
+                lines.append(f"||less MAPPO|{'|'.join(gains)}|")
+    return lines
+
+
 def markdown(folder, out):
     """Write the tables of every results folder below a folder to a Markdown file; its path."""
     lines = ["# Results", "", "Written by `plot.py --markdown`.", "", __doc__.split("\n\n", 2)[2]]
@@ -366,6 +411,7 @@ class Args:
     style: Literal["std", "iqm"] = "std"  # mean +- deviation, as in the paper; or IQM, interval
     x: Literal["global_step", "hours"] = "global_step"  # axis
     metrics: tuple[str, ...] = ("score",)  # one row of panels each; "score": the task's own
+    summary: bool = False  # instead: one table in Markdown, with the steps to half of MAPPO's score
     markdown: bool = False  # instead of all this: the tables of benchmark/results
 
 
@@ -378,6 +424,9 @@ def main(argv=None):
         if gone := [str(path) for path in args.paths if not path.exists()]:
             raise FileNotFoundError(f"there is no {gone[0]}")
         runs, curves = read(args.paths)
+        if args.summary:
+            print("\n".join(summary(runs, curves)))
+            return 0
         if unknown := set(args.metrics) - {"score", *curves["metric"]}:
             raise ValueError(f"no metric {min(unknown)}; there are {sorted(set(curves['metric']))}")
         if args.x == "hours" and curves["hours"].isna().any():

@@ -68,7 +68,7 @@ COMMANDS = {
     "python benchmark/plot.py runs/grid": "--out results",
     "python benchmark/plot.py runs/grid --style iqm --out results": "",
     "python benchmark/plot.py --markdown": "",
-    "python benchmark/summary.py benchmark/results/readme/curves.csv": "",
+    "python benchmark/plot.py benchmark/results/readme/curves.csv --summary": "",
     "tensorboard --logdir runs": "--inspect",
 }
 CPU = Path("/proc/cpuinfo").read_text()
