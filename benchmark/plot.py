@@ -2,6 +2,7 @@
 
     python benchmark/plot.py runs/grid --out results            # runs.csv, curves.csv, figure.png
     python benchmark/plot.py results/curves.csv --style iqm --x hours --out results
+    python benchmark/plot.py results/curves.csv --summary       # one table, with steps to half
     python benchmark/plot.py --markdown                         # benchmark/RESULTS.md
 
 A run is scored in greedy evaluation episodes, by its win rate (SMAC), the share of episodes with a
